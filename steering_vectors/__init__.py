@@ -1,0 +1,79 @@
+"""Steering vectors for language models.
+
+Contrastive texts go in, a direction comes out, and while a `with` block is open the model leans that way on exactly
+the tokens you named:
+
+    v = train_steering_vector(model, tokenizer, pairs, layers=[15, 18])
+    with v[18].apply(model, multiplier=2):
+        model.generate(**inputs)
+
+Every name below is imported the first time it is used, so that `import steering_vectors` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "1.0.0"
+
+if TYPE_CHECKING:
+    from .aggregators import Aggregator as Aggregator
+    from .aggregators import logistic_aggregator as logistic_aggregator
+    from .aggregators import mean_aggregator as mean_aggregator
+    from .aggregators import pca_aggregator as pca_aggregator
+    from .extraction import extract_activations as extract_activations
+    from .layers import LayerMatcher as LayerMatcher
+    from .layers import LayerType as LayerType
+    from .layers import ModelLayerConfig as ModelLayerConfig
+    from .layers import find_layers as find_layers
+    from .layers import get_num_matching_layers as get_num_matching_layers
+    from .layers import guess_and_enhance_layer_config as guess_and_enhance_layer_config
+    from .operators import PatchDeltaOperator as PatchDeltaOperator
+    from .operators import ablation_operator as ablation_operator
+    from .operators import ablation_then_addition_operator as ablation_then_addition_operator
+    from .operators import addition_operator as addition_operator
+    from .aggregators import aggregate_activations as aggregate_activations
+    from .recording import record_activations as record_activations
+    from .samples import SteeringVectorTrainingSample as SteeringVectorTrainingSample
+    from .steering import SteeringPatchHandle as SteeringPatchHandle
+    from .tokens import Tokens as Tokens
+    from .training import train_steering_vector as train_steering_vector
+    from .vector import SteeringVector as SteeringVector
+
+_home = {  # public name -> the module that teaches it; the names of 0.12 first
+    "Aggregator": "aggregators",
+    "mean_aggregator": "aggregators",
+    "pca_aggregator": "aggregators",
+    "logistic_aggregator": "aggregators",
+    "LayerType": "layers",
+    "LayerMatcher": "layers",
+    "ModelLayerConfig": "layers",
+    "get_num_matching_layers": "layers",
+    "guess_and_enhance_layer_config": "layers",
+    "PatchDeltaOperator": "operators",
+    "record_activations": "recording",
+    "SteeringVector": "vector",
+    "SteeringPatchHandle": "steering",
+    "train_steering_vector": "training",
+    "SteeringVectorTrainingSample": "samples",
+    "aggregate_activations": "aggregators",
+    "extract_activations": "extraction",
+    "ablation_operator": "operators",
+    "addition_operator": "operators",
+    "ablation_then_addition_operator": "operators",
+    "find_layers": "layers",
+    "Tokens": "tokens",
+}
+
+__all__ = list(_home)
+
+
+def __getattr__(name: str) -> Any:
+    "Import `name` from its module on first use (PEP 562)."
+    if name not in _home:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_home[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
