@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record_activations']
 
-# %% ../nbs/reference/recording.ipynb #c030bf76
+# %% ../nbs/reference/recording.ipynb #467d9c0d
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .hooks import read_output
 from .layers import LayerType, ModelLayerConfig, resolve_layer_numbers, resolve_layers
 
-# %% ../nbs/reference/recording.ipynb #4f641722
+# %% ../nbs/reference/recording.ipynb #ed55fb3c
 @contextmanager
 def record_activations(
     model: nn.Module,                              # any model whose layers can be found; not changed
@@ -26,7 +26,7 @@ def record_activations(
 ) -> Generator[dict[int, list[Tensor]], None, None]:  # layer number to one tensor a pass, (b, s, d)
     "Record the output of layers for as long as the block runs."
     found = resolve_layers(model, layer_type, layer_config)
-    numbers = resolve_layer_numbers(layer_nums, found, layer_type)
+    numbers = resolve_layer_numbers(found if layer_nums is None else layer_nums, found, layer_type)
     recorded: dict[int, list[Tensor]] = {n: [] for n in numbers}
 
     def keep(n: int, h: Tensor) -> None:
