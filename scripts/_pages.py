@@ -1,0 +1,121 @@
+"""Pages: which there are, running one in a kernel, and the bytes it would be stored as."""
+
+import difflib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+FLAGS = {"slow", "gpu"}  # as `tst_flags` in settings.ini
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+class CellFailed(Exception):
+    "A cell of a page raised; the message is its traceback."
+
+
+def find(names: list[str] | None = None) -> list[Path]:
+    "The pages called `names` (a path, or a file's name without its suffix); all of them by default."
+    pages = [p for p in sorted(NBS.rglob("*.ipynb")) if not any(x[0] in "._" for x in p.relative_to(NBS).parts)]
+    if not names:
+        return pages
+    found = []
+    for name in names:
+        path = Path(name).resolve()
+        hits = [p for p in pages if p == path or p.stem == name or path in p.parents]
+        if not hits:
+            sys.exit(f"No page {name!r} under nbs/. There are: {', '.join(p.stem for p in pages)}")
+        found += hits
+    return list(dict.fromkeys(found))
+
+
+def source(cell: dict[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def directives(cell: dict[str, Any]) -> list[str]:
+    return [line[2:].strip() for line in source(cell).splitlines() if line.startswith("#|")]
+
+
+def skipped(cell: dict[str, Any]) -> bool:
+    "Is `cell` left out by nbdev's rules: `eval: false`, a `tst_flags` flag, or the closing export?"
+    heads = directives(cell)
+    flagged = any(d.split()[:1] and d.split()[0] in FLAGS for d in heads)
+    return flagged or any(d.replace(" ", "") == "eval:false" for d in heads) or "nbdev_export(" in source(cell)
+
+
+def skips_all(nb: dict[str, Any]) -> bool:
+    "Does the page's front matter say `skip_exec: true`?"
+    return any(re.search(r"^\s*-?\s*skip_exec:\s*true", source(c), re.M) for c in nb["cells"][:2])
+
+
+def merged(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    "Without stderr and live widget views, neighbouring prints as one: how a kernel flushes them is a matter of time."
+    kept: list[dict[str, Any]] = []
+    for out in outputs:
+        if out.get("name") == "stderr":
+            continue
+        for key in ("data", "metadata"):
+            out.get(key, {}).pop(VIEW, None)
+        if "execution_count" in out:
+            out["execution_count"] = None
+        if out.get("output_type") == "stream" and kept and kept[-1].get("output_type") == "stream":
+            kept[-1]["text"] += out["text"]
+        elif out.get("output_type") in ("stream", "error") or out.get("data"):
+            kept.append(out)
+    return kept
+
+
+def text(nb: dict[str, Any]) -> str:
+    "The bytes that `nbdev_clean` would leave."
+    from execnb.nbio import dict2nb, nb2str
+    from nbdev.clean import clean_nb
+
+    clean = dict2nb(nb)
+    clean_nb(clean)
+    return str(nb2str(clean))
+
+
+def run(path: Path) -> str:
+    "Run the page at `path` in a kernel and return it as it should be stored."
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    nb = nbformat.read(path, 4)
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    if skips_all(raw):
+        return text(raw)
+    left_out = [skipped(c) for c in raw["cells"]]
+    for cell, skip in zip(nb.cells, left_out, strict=True):
+        if skip and cell.cell_type == "code":
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
+    old = dict(os.environ)
+    os.environ |= {"IN_TEST": "1", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    try:
+        place = {"metadata": {"path": str(path.parent)}}
+        quiet = ["--log-level=40"]
+        NotebookClient(nb, timeout=600, kernel_name="python3", resources=place, extra_arguments=quiet).execute()
+    except (CellExecutionError, DeadKernelError) as e:
+        raise CellFailed(str(e)) from None
+    finally:
+        os.environ.clear()
+        os.environ.update(old)
+    for cell, ran, skip in zip(raw["cells"], nb.cells, left_out, strict=True):
+        if cell["cell_type"] == "code" and not skip:
+            cell["outputs"] = merged(json.loads(json.dumps(ran.outputs)))
+    return text(raw)
+
+
+def difference(stored: str, shown: str, name: Path) -> str:
+    "What changed, as a diff of at most 60 lines."
+    lines = list(
+        difflib.unified_diff(
+            stored.splitlines(), shown.splitlines(), f"{name} (stored)", f"{name} (run)", lineterm="", n=2
+        )
+    )
+    return "\n".join(line[:300] for line in lines[:60])
