@@ -7,7 +7,7 @@ __all__ = ['LayerType', 'LAYER_TYPES', 'LayerMatcher', 'ModelLayerConfig', 'NAME
            'ResolvedLayers', 'resolve_layers', 'resolve_layer_numbers', 'block_holder', 'FoundLayers', 'find_layers',
            'get_num_matching_layers', 'guess_and_enhance_layer_config']
 
-# %% ../nbs/reference/layers.ipynb #67050c5f
+# %% ../nbs/reference/layers.ipynb #b4e6d1e8
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,13 +16,13 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-# %% ../nbs/reference/layers.ipynb #9f4a23a0
+# %% ../nbs/reference/layers.ipynb #c456921d
 LayerType = Literal["decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
 LayerMatcher = str | Callable[[int], str] | Callable[[nn.Module, int], str]
 ModelLayerConfig = Mapping[LayerType, LayerMatcher]
 
-# %% ../nbs/reference/layers.ipynb #7f9d2e63
+# %% ../nbs/reference/layers.ipynb #52ea07f0
 def check_layer_type(
     layer_type: str, # one of the five
 ) -> LayerType: # the same
@@ -31,7 +31,7 @@ def check_layer_type(
         return layer_type
     raise ValueError(f"Unknown layer_type {layer_type!r}. Choose {', '.join(LAYER_TYPES[:-1])} or {LAYER_TYPES[-1]}.")
 
-# %% ../nbs/reference/layers.ipynb #201196de
+# %% ../nbs/reference/layers.ipynb #03fc970b
 def unwrap(
     model: nn.Module, # maybe compiled, PEFT-wrapped or DataParallel
 ) -> tuple[nn.Module, str]: # the model inside, the prefix of its names
@@ -45,57 +45,84 @@ def unwrap(
         else:
             return model, prefix
 
-# %% ../nbs/reference/layers.ipynb #e822160a
+# %% ../nbs/reference/layers.ipynb #4d59a79a
 def _is_wrapper(model: nn.Module, inner: str) -> bool:
     "Whether `model` only wraps its submodule `inner`."
     if inner == "base_model.model":
         return hasattr(model, "peft_config") and hasattr(model, "base_model") and hasattr(model.base_model, "model")
     return [name for name, _ in model.named_children()] == [inner]
 
-# %% ../nbs/reference/layers.ipynb #6d5153cb
+# %% ../nbs/reference/layers.ipynb #830f3d24
 def _lists(
     model: nn.Module, # a plain model
-) -> dict[str, nn.ModuleList]: # name -> list of blocks
+) -> dict[str, nn.Module]: # name -> list of blocks
     "The outermost lists of modules in `model`."
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and any(True for _ in module[0].children()):
-            found[name] = module
-    return found
+    for kind in (nn.ModuleList, nn.Sequential):
+        found: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            inside = any(name.startswith(outer + ".") for outer in found)
+            if isinstance(module, kind) and not inside and any(True for block in module for _ in block.children()):
+                found[name] = module
+        if found:
+            return found
+    return {}
 
-# %% ../nbs/reference/layers.ipynb #847d37df
+# %% ../nbs/reference/layers.ipynb #fd037a90
 def _text_config(model: nn.Module) -> Any:
     "The config of the text decoder of `model`, or None."
     config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        return config.get_text_config(decoder=True)
-    return config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
-# %% ../nbs/reference/layers.ipynb #c8fa42c0
+# %% ../nbs/reference/layers.ipynb #c9360125
+def _decoder(model: nn.Module) -> nn.Module:
+    "The text decoder inside `model`, as far as the model itself can say."
+    while hasattr(model, "get_decoder"):
+        inner = model.get_decoder()
+        if inner is model or not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+# %% ../nbs/reference/layers.ipynb #a1cd0c14
+def _owner(
+    model: nn.Module, # a plain model
+    name: str, # of a module in it
+) -> nn.Module: # the innermost model around it
+    "The nearest module around `name` that has a config of its own, or its parent."
+    parts = name.split(".")[:-1]
+    for end in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if hasattr(module, "config") and hasattr(module, "get_input_embeddings"):
+            return module
+    return model.get_submodule(".".join(parts))
+
+# %% ../nbs/reference/layers.ipynb #a0ed94b3
 def _block_list(
     model: nn.Module, # a plain model
-) -> tuple[str, nn.ModuleList]: # name and list of its decoder blocks
+) -> tuple[str, nn.Module]: # name and list of its decoder blocks
     "The list of decoder blocks of `model`."
-    lists = _lists(model)
-    wanted = getattr(_text_config(model), "num_hidden_layers", None)
-    if isinstance(wanted, int):
-        lists = {name: blocks for name, blocks in lists.items() if len(blocks) == wanted} or lists
-    if len(lists) > 1 and hasattr(model, "get_decoder"):
-        decoder = model.get_decoder()
-        inside = {id(module) for module in decoder.modules()}
-        lists = {name: blocks for name, blocks in lists.items() if id(blocks) in inside} or lists
-    longest = max((len(blocks) for blocks in lists.values()), default=0)
-    best = [name for name, blocks in lists.items() if len(blocks) == longest]
-    if len(best) == 1:
-        return best[0], lists[best[0]]
-    what = "; ".join(f"{name}: {len(blocks)} modules" for name, blocks in lists.items()) or "nothing repeats"
+    lists = every = _lists(model)
+    config = _text_config(model)
+    inside = {id(module) for module in _decoder(model).modules()}
+    total = getattr(config, "num_hidden_layers", None)
+    for keep in (
+        lambda name: id(lists[name]) in inside,
+        lambda name: type(getattr(_owner(model, name), "config", None)) is type(config),
+        lambda name: len(lists[name]) == total,
+        lambda name: len(lists[name]) == max(map(len, lists.values())),
+        lambda name: name.count(".") == min(other.count(".") for other in lists),
+    ):
+        lists = {name: blocks for name, blocks in lists.items() if keep(name)} or lists
+    if len(lists) == 1:
+        return next(iter(lists.items()))
+    what = "; ".join(f"{name}: {len(blocks)} modules" for name, blocks in every.items()) or "nothing repeats"
+    best = next(iter(lists), "name.of.the.list")
     raise ValueError(
         f"Cannot tell which list holds the decoder blocks of {type(model).__name__} ({what}). "
-        f"Pass layer_config={{'decoder_block': '{best[0] if best else 'name.of.blocks'}.{{num}}'}}."
+        f"Pass layer_config={{'decoder_block': '{best}.{{num}}'}}."
     )
 
-# %% ../nbs/reference/layers.ipynb #11ac86c4
+# %% ../nbs/reference/layers.ipynb #d0242fdb
 NAMES: dict[LayerType, tuple[str, ...]] = {
     "self_attn": ("self_attn", "self_attention", "attention", "attn", "linear_attn", "norm_attn_norm.attn"),
     "mlp": ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe", "ff", "fc2", "output.dense"),
@@ -111,7 +138,7 @@ NAMES: dict[LayerType, tuple[str, ...]] = {
     ),
 }
 
-# %% ../nbs/reference/layers.ipynb #b4286d41
+# %% ../nbs/reference/layers.ipynb #f29d5c7d
 def _sub_layer(
     block: nn.Module, # one decoder block
     layer_type: LayerType, # which part of it
@@ -125,7 +152,7 @@ def _sub_layer(
         return name
     return ""
 
-# %% ../nbs/reference/layers.ipynb #7b7f0a72
+# %% ../nbs/reference/layers.ipynb #f339b196
 class ResolvedLayers(dict[int, str]):
     "Layer number -> module name, and how many blocks the model has."
 
@@ -137,7 +164,7 @@ class ResolvedLayers(dict[int, str]):
         super().__init__(names)
         self.num_blocks = num_blocks
 
-# %% ../nbs/reference/layers.ipynb #d0c09a25
+# %% ../nbs/reference/layers.ipynb #6f9b2c4b
 def resolve_layers(
     model: nn.Module, # any model, wrapped or not
     layer_type: LayerType, # which part of a block
@@ -163,7 +190,7 @@ def resolve_layers(
         )
     return ResolvedLayers(names, len(blocks))
 
-# %% ../nbs/reference/layers.ipynb #0f5bbf1e
+# %% ../nbs/reference/layers.ipynb #9b558eee
 def _match(
     model: nn.Module, # any model
     matcher: LayerMatcher, # the user's own
@@ -187,7 +214,7 @@ def _match(
         )
     return ResolvedLayers(found, max(found) + 1)
 
-# %% ../nbs/reference/layers.ipynb #4b4cbb87
+# %% ../nbs/reference/layers.ipynb #ba56a7d5
 def _name_function(
     model: nn.Module, # handed to functions of two arguments
     matcher: LayerMatcher, # a template, a function, or a bound `str.format`
@@ -211,7 +238,7 @@ def _name_function(
         return lambda n: _or_empty(matcher, n)
     return lambda n: _or_empty(matcher, model, n)
 
-# %% ../nbs/reference/layers.ipynb #4afbf55c
+# %% ../nbs/reference/layers.ipynb #703cfd1e
 def _or_empty(function: Callable[..., str], *args: Any) -> str:
     "The name that `function` gives, or nothing for a number that it does not know."
     try:
@@ -219,7 +246,7 @@ def _or_empty(function: Callable[..., str], *args: Any) -> str:
     except (IndexError, KeyError):
         return ""
 
-# %% ../nbs/reference/layers.ipynb #1ac61af2
+# %% ../nbs/reference/layers.ipynb #b6fb347e
 def resolve_layer_numbers(
     wanted: Iterable[int], # numbers, negative ones counted from the last block
     found: Mapping[int, str], # what `resolve_layers` gave
@@ -237,7 +264,7 @@ def resolve_layer_numbers(
         numbers[n] = asked
     return list(numbers)
 
-# %% ../nbs/reference/layers.ipynb #0fcb4b22
+# %% ../nbs/reference/layers.ipynb #9e76d3a0
 def _no_such_layer(asked: int, n: int, found: Mapping[int, str], total: int, layer_type: str) -> str:
     "What to say about a layer that is not there."
     if 0 <= n < total:
@@ -248,16 +275,16 @@ def _no_such_layer(asked: int, n: int, found: Mapping[int, str], total: int, lay
         "Was the vector trained on a larger model?"
     )
 
-# %% ../nbs/reference/layers.ipynb #9798cb20
+# %% ../nbs/reference/layers.ipynb #ddaa51da
 def block_holder(
     model: nn.Module, # any model
 ) -> nn.Module: # its forward is entered once a pass
     "The module that holds the list of decoder blocks of `model`."
     plain, _ = unwrap(model)
     name, _ = _block_list(plain)
-    return plain.get_submodule(name.rpartition(".")[0])
+    return _owner(plain, name)
 
-# %% ../nbs/reference/layers.ipynb #9fd3e0e7
+# %% ../nbs/reference/layers.ipynb #6b24d007
 @dataclass(frozen=True)
 class FoundLayers:
     "What repeats in a model, and what each layer type means there."
@@ -266,7 +293,7 @@ class FoundLayers:
     layers: dict[LayerType, dict[int, str]] # layer type -> number -> module name
     repeats: dict[str, int] # template -> how many modules it names
 
-# %% ../nbs/reference/layers.ipynb #f22347ac
+# %% ../nbs/reference/layers.ipynb #31596dec
 def find_layers(
     model: nn.Module, # any model
     layer_config: ModelLayerConfig | None = None, # your own names, by layer type
@@ -287,7 +314,7 @@ def find_layers(
             repeats[template] = repeats.get(template, 0) + 1
     return FoundLayers(type(model).__name__, layers, repeats)
 
-# %% ../nbs/reference/layers.ipynb #b006e4f9
+# %% ../nbs/reference/layers.ipynb #33fcd19a
 def get_num_matching_layers(
     model: nn.Module, # any model
     layer_matcher: LayerMatcher, # a template or a function
@@ -300,7 +327,7 @@ def get_num_matching_layers(
             raise
         return 0
 
-# %% ../nbs/reference/layers.ipynb #d1da382b
+# %% ../nbs/reference/layers.ipynb #d2a95f02
 def guess_and_enhance_layer_config(
     model: nn.Module, # any model
     layer_config: ModelLayerConfig | None = None, # what you give stays as it is
@@ -313,7 +340,7 @@ def guess_and_enhance_layer_config(
             config[name] = _matcher(found)
     return config
 
-# %% ../nbs/reference/layers.ipynb #5c6204e4
+# %% ../nbs/reference/layers.ipynb #715d8499
 def _matcher(
     names: Mapping[int, str], # number -> module name
 ) -> LayerMatcher: # a template where one fits, else a function
