@@ -1,0 +1,380 @@
+"""Files: exact, atomic, and every damaged one refused by name, without anything in it being run."""
+
+import json
+import os
+import pickle
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import save
+
+from steering_vectors import files
+from steering_vectors.files import Provenance, VectorFile, VectorFolder, load_file, save_file
+
+STORY = Provenance(
+    model_id="someone/tiny-llama",
+    revision="0123456789abcdef",
+    model_type="llama",
+    hidden_size=8,
+    num_layers=6,
+    aggregator="mean_aggregator",
+    read_position="-1",
+    num_pairs=60,
+    library_version="1.0.0",
+    activation_norms={0: 1.5, 3: 0.1},
+    suggested_multiplier=-2.5,
+    note='joyful "against" miserable ☺ \ud83d \x00',
+    extra={"seed": 3, "path": [None, True, {"deep": 0.25}]},
+)
+
+
+def layers(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    return {n: torch.randn(8, generator=g, dtype=torch.float64).to(dtype) for n in (3, 0)}
+
+
+def same(a: VectorFile, b: VectorFile) -> bool:
+    return (
+        (a.layer_type, a.provenance) == (b.layer_type, b.provenance)
+        and a.layer_activations.keys() == b.layer_activations.keys()
+        and all(
+            v.dtype == b.layer_activations[n].dtype and torch.equal(v, b.layer_activations[n])
+            for n, v in a.layer_activations.items()
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_value_comes_back_exactly(tmp_path, dtype):
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    g = torch.Generator().manual_seed(1)
+    info = torch.iinfo(bits)
+    v = torch.randint(info.min, info.max, (65536,), generator=g, dtype=bits).view(dtype)  # any bits: subnormals, -0.0
+    v = torch.where(v.isfinite(), v, torch.tensor(-0.0, dtype=dtype))
+    save_file(tmp_path / "v.safetensors", {5: v}, "mlp", Provenance())
+    back = load_file(tmp_path / "v.safetensors").layer_activations[5]
+    assert back.dtype == dtype and torch.equal(back.view(bits), v.view(bits))
+
+
+def test_the_whole_story_comes_back(tmp_path):
+    save_file(tmp_path / "v", layers(), "self_attn", STORY)
+    back = load_file(tmp_path / "v")
+    assert same(back, VectorFile(layers(), "self_attn", STORY))
+    assert list(back.layer_activations) == [0, 3]
+    with safe_open(tmp_path / "v", framework="pt") as f:
+        header = json.loads(f.metadata()["steering_vector"])
+    assert header["format_version"] == 1 and header["num_pairs"] == 60 and header["layer_type"] == "self_attn"
+
+
+def test_numbers_of_numpy_are_written(tmp_path):
+    story = Provenance(num_pairs=np.int64(3), suggested_multiplier=np.float32(0.5), activation_norms={1: np.float64(2)})
+    save_file(tmp_path / "v", layers(), "mlp", story)
+    assert load_file(tmp_path / "v").provenance == Provenance(
+        num_pairs=3, suggested_multiplier=0.5, activation_norms={1: 2.0}
+    )
+
+
+def test_tensors_may_share_storage_require_grad_or_be_views(tmp_path):
+    one = torch.randn(4, 8, requires_grad=True)
+    vector = {n: one[n] for n in range(4)} | {n: one[0] for n in range(4, 7)} | {7: torch.randn(8, 2)[:, 0]}
+    save_file(tmp_path / "v", vector, "mlp", Provenance())
+    back = load_file(tmp_path / "v").layer_activations
+    assert all(torch.equal(back[n], vector[n]) and not back[n].requires_grad for n in vector)
+
+
+@pytest.mark.parametrize("story, error", [
+    (dict(num_pairs="3"), TypeError), (dict(num_pairs=3.5), TypeError), (dict(hidden_size=True), TypeError),
+    (dict(note=3), TypeError), (dict(activation_norms=[1.0]), TypeError), (dict(extra=[1]), TypeError),
+    (dict(suggested_multiplier="2"), TypeError), (dict(suggested_multiplier=float("nan")), ValueError),
+])  # fmt: skip
+def test_a_story_of_wrong_kinds_is_refused_when_written(story, error):
+    with pytest.raises(error, match=f"Provenance.{next(iter(story))}"):
+        Provenance(**story)
+
+
+@pytest.mark.parametrize("vector, story, words", [
+    ({}, {}, "it has no layers"),
+    ({-1: torch.ones(8)}, {}, "layer -1 counts from the end"),
+    ({0: torch.ones(8), -1: torch.ones(8)}, {}, "layer -1 counts from the end"),
+    ({True: torch.ones(8)}, {}, "True is not the number of a layer"),
+    ({"0": torch.ones(8)}, {}, "'0' is not the number of a layer"),
+    ({6: torch.ones(8)}, {"num_layers": 6}, "comes from a model of 6 layers"),
+    ({0: torch.ones(8)}, {"hidden_size": 9}, "layer 0 is 8 wide, but the model is 9 wide"),
+    ({0: torch.ones(8), 1: torch.ones(7)}, {}, "layer 1 is 7 wide, but another layer is 8 wide"),
+    ({0: torch.ones(1, 8)}, {}, "shape (1, 8)"),
+    ({0: torch.tensor(1.0)}, {}, "shape ()"),
+    ({0: torch.ones(0)}, {}, "shape (0,)"),
+    ({0: torch.ones(8).to(torch.float8_e4m3fn)}, {}, "float8"),
+    ({0: torch.ones(8, dtype=torch.cfloat)}, {}, "complex"),
+    ({0: torch.tensor([1.0, float("inf")])}, {}, "NaN or infinity"),
+    ({0: torch.tensor([1.0, float("nan")])}, {}, "NaN or infinity"),
+    ({0: torch.ones(8)}, {"extra": {"a": float("nan")}}, "what JSON cannot"),
+    ({0: torch.ones(8)}, {"extra": {"a": object()}}, "what JSON cannot"),
+    ({0: torch.ones(8)}, {"activation_norms": {0: float("inf")}}, "what JSON cannot"),
+])  # fmt: skip
+def test_what_must_not_be_saved_leaves_the_old_file(tmp_path, vector, story, words):
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError) as e:
+        save_file(path, vector, "decoder_block", Provenance(**story))
+    assert words in str(e.value) and str(path) in str(e.value)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["old.safetensors"]
+
+
+def test_an_unknown_layer_type_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Choose decoder_block"):
+        save_file(tmp_path / "v", layers(), "decoder", Provenance())
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch, where):
+    path = tmp_path / "v"
+    save_file(path, layers(), "mlp", STORY)
+    before = path.read_bytes()
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, where, stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_file(path, {0: torch.zeros(8)}, "mlp", STORY)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["v"]
+
+
+def test_saving_follows_a_link_and_respects_the_umask(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "v")
+    save_file(tmp_path / "link", layers(), "mlp", STORY)
+    assert (tmp_path / "link").is_symlink() and same(
+        load_file(tmp_path / "real" / "v"), VectorFile(layers(), "mlp", STORY)
+    )
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "real" / "v").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+class Trap:
+    "Unpickling it makes a folder."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch", "torch, old format", "numpy"])
+def test_a_pickle_is_named_and_never_run(tmp_path, how):
+    path, trap = tmp_path / "v", Trap(tmp_path / "sprung")
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(trap))
+    elif how == "numpy":
+        with open(path, "wb") as f:
+            np.save(f, np.array([trap], dtype=object), allow_pickle=True)
+    else:
+        torch.save(trap, path, _use_new_zipfile_serialization=how == "torch")
+    with pytest.raises(ValueError, match="v cannot be read as a steering vector: it is"):
+        load_file(path)
+    assert os.listdir(tmp_path) == ["v"]
+
+
+def with_header(header: dict | str, tensors=None, **texts: str) -> bytes:
+    text = header if isinstance(header, str) else json.dumps(header)
+    return save(tensors or {"layer.0": torch.ones(8)}, metadata={"steering_vector": text, **texts})
+
+
+GOOD = {"format_version": 1, "layer_type": "mlp"}
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"", "damaged, or not a safetensors file"),
+    (b"{}", "damaged, or not a safetensors file"),
+    (b"GGUF\3\0\0\0" + b"\0" * 50, "GGUF file, which `SteeringVector.from_gguf` reads"),
+    (struct.pack("<Q", 2**62) + b"{}", "damaged"),
+    (struct.pack("<Q", 12) + b"[" * 12, "damaged"),
+    (save({"layer.0": torch.ones(8)}), "no `steering_vector` header"),
+    (save({}), "holds nothing and no `steering_vector` header"),
+    (with_header("[]"), "does not say which version"),
+    (with_header("{}"), "does not say which version"),
+    (with_header("[" * 100_000), "not JSON"),
+    (with_header('{"format_version": 1, "format_version": 1, "layer_type": "mlp"}'), "two fields have the same name"),
+    (with_header('{"format_version": 1, "layer_type": "mlp", "suggested_multiplier": NaN}'), "not a number of JSON"),
+    (with_header('{"format_version": 1, "layer_type": "mlp", "suggested_multiplier": 1e999}'), "not finite"),
+    (with_header('{"format_version": 1, "layer_type": "mlp", "suggested_multiplier": 1' + "0" * 400 + "}"), "not finite"),
+    (with_header('{"format_version": 1, "layer_type": "mlp", "num_pairs": 1' + "0" * 5000 + "}"), "not JSON"),
+    (with_header(GOOD | {"format_version": True}), "does not say which version"),
+    (with_header(GOOD | {"format_version": 1.0}), "does not say which version"),
+    (with_header(GOOD | {"format_version": 2}), "version 2; this library reads version 1"),
+    (with_header(GOOD | {"layer_type": ["mlp"]}), "Unknown layer_type"),
+    (with_header({"format_version": 1}), "Unknown layer_type"),
+    (with_header(GOOD | {"nota": "x"}), "a field 'nota'"),
+    (with_header(GOOD | {"num_pairs": 1.5}), "num_pairs is 1.5"),
+    (with_header(GOOD | {"hidden_size": "8"}), "hidden_size is '8'"),
+    (with_header(GOOD | {"extra": 3}), "extra is 3"),
+    (with_header(GOOD | {"extra": None}), "extra is None"),
+    (with_header(GOOD | {"activation_norms": [1]}), "activation_norms are not named by layers"),
+    (with_header(GOOD | {"activation_norms": {"-1": 1}}), "activation_norms are not named by layers"),
+    (with_header(GOOD | {"activation_norms": {"1": "a"}}), "activation_norms are not all finite numbers"),
+    (with_header(GOOD | {"activation_norms": {"1": 10**400}}), "activation_norms are not all finite numbers"),
+    (with_header(GOOD | {"activation_norms": {"1": True}}), "activation_norms are not all finite numbers"),
+    (with_header(GOOD | {"hidden_size": 9}), "layer 0 is 8 wide, but the model is 9 wide"),
+    (with_header(GOOD | {"num_layers": 0}), "comes from a model of 0 layers"),
+    (with_header(GOOD, sha257="0"), "a text 'sha257' beside its header"),
+    (with_header(GOOD, sha256="0"), "do not match its checksum"),
+    (with_header(GOOD, {"layer.00": torch.ones(8)}), "a tensor 'layer.00'"),
+    (with_header(GOOD, {"layer.-1": torch.ones(8)}), "a tensor 'layer.-1'"),
+    (with_header(GOOD, {"layer.٣": torch.ones(8)}), "a tensor 'layer."),
+    (with_header(GOOD, {"3": torch.ones(8), "layer.3": torch.ones(8)}), "a tensor '3'"),
+    (with_header(GOOD, {"model.layer.3": torch.ones(8)}), "a tensor 'model.layer.3'"),
+    (with_header(GOOD, {"layer.0": torch.ones(2, 4)}), "shape (2, 4)"),
+    (with_header(GOOD, {"layer.0": torch.ones(8, dtype=torch.int8)}), "int8"),
+    (with_header(GOOD, {"layer.0": torch.full((8,), float("nan"))}), "NaN or infinity"),
+    (with_header(GOOD, {"layer.0": torch.ones(8), "layer.1": torch.ones(9)}), "9 wide, but another layer is 8 wide"),
+])  # fmt: skip
+def test_a_wrong_file_says_what_is_wrong_and_with_which_file(tmp_path, data, words):
+    path = tmp_path / "wrong.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError) as e:
+        load_file(path)
+    assert words in str(e.value) and str(path) in str(e.value)
+
+
+def test_a_file_of_another_program_needs_no_checksum(tmp_path):
+    (tmp_path / "v").write_bytes(with_header(GOOD))
+    assert same(load_file(tmp_path / "v"), VectorFile({0: torch.ones(8)}, "mlp", Provenance()))
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    "One of the ways a file is damaged."
+    i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    new = bytes(rng.randrange(256) for _ in range(rng.randint(1, 4)))
+    at = min(i, len(data) - 1)
+    return rng.choice([
+        lambda: data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :],  # a bit turns
+        lambda: data[:at] + bytes([rng.choice(b'{}[]",:0123456789-+.eE\\layer')]) + data[at + 1 :],  # a letter changes
+        lambda: data[:i],  # cut off
+        lambda: data[i:],  # the beginning is lost
+        lambda: data[:i] + data[j:],  # a piece is lost
+        lambda: data[:i] + new + data[i:],  # something is put in
+        lambda: data[:i] + new + data[i + len(new) :],  # something is written over
+        lambda: data + new,  # something follows
+        lambda: data[:i] + data[j:] + data[i:j],  # two pieces change places
+        lambda: data[:i] + bytes(j - i) + data[j:],  # a hole
+        lambda: struct.pack("<Q", rng.choice([0, 1, i, 2**rng.randrange(64)])) + data[8:],  # another header length
+    ])()  # fmt: skip
+
+
+def test_thousands_of_damaged_files_are_refused_or_read_the_same(tmp_path):
+    path, rng = tmp_path / "fuzzed.safetensors", random.Random(0)
+    refused = 0
+    for story in (Provenance(), STORY):
+        save_file(path, layers(), "decoder_block", story)
+        data, kept = path.read_bytes(), load_file(path)
+        for k in range(2000):
+            damaged = mutate(data, rng) if k % 4 else mutate(mutate(data, rng), rng)
+            path.write_bytes(damaged)
+            try:
+                back = load_file(path)
+            except ValueError as e:
+                assert str(path) in str(e)
+                refused += 1
+            else:
+                assert same(back, kept)
+    assert refused > 3000
+
+
+def scramble(value, rng: random.Random):
+    "A JSON value with one place changed."
+    strange = [None, True, 0, -1, 1e300, 10**30, "", "x", [], {}, {"0": 1}, [0], "mlp", 1]
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        return rng.choice([
+            lambda: {**value, key: scramble(value[key], rng)},
+            lambda: {k: v for k, v in value.items() if k != key},
+            lambda: {**value, rng.choice(["layer", "x", "-1", "7", key.upper()]): rng.choice(strange)},
+        ])()  # fmt: skip
+    return rng.choice(strange)
+
+
+def test_thousands_of_altered_headers_are_refused_or_obey_the_rules(tmp_path):
+    path, rng = tmp_path / "altered.safetensors", random.Random(1)
+    tensors = {f"layer.{n}": v for n, v in layers().items()}
+    header, outcomes = json.loads(files.write_header("mlp", STORY)), [0, 0]
+    for _ in range(2000):
+        path.write_bytes(save(tensors, metadata={"steering_vector": json.dumps(scramble(header, rng))}))
+        try:
+            vector, layer_type, story = load_file(path)
+        except ValueError as e:
+            assert str(path) in str(e)
+            outcomes[0] += 1
+        else:
+            save_file(path, vector, layer_type, story)
+            assert same(load_file(path), VectorFile(vector, layer_type, story))
+            outcomes[1] += 1
+    assert min(outcomes) > 200
+
+
+def test_the_mixin_writes_and_reads_a_folder(tmp_path):
+    vector = VectorFile(dict(sorted(layers().items())), "mlp", STORY)
+    VectorFolder(vector).save_pretrained(tmp_path / "v")
+    assert sorted(os.listdir(tmp_path / "v")) == ["README.md", "config.json", "steering_vector.safetensors"]
+    assert same(VectorFolder.from_pretrained(str(tmp_path / "v")).vector, vector)
+    assert json.loads((tmp_path / "v" / "config.json").read_text())["aggregator"] == "mean_aggregator"
+
+
+def test_the_card_tells_the_story(tmp_path):
+    story = Provenance(
+        model_id="someone/tiny-llama", note="joy: yes # not a comment", suggested_multiplier=2, num_pairs=60
+    )
+    VectorFolder(VectorFile(layers(), "mlp", story)).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "someone/tiny-llama" and card.data.library_name == "steering-vectors"
+    assert "steering-vector" in card.data.tags
+    for words in ("joy: yes # not a comment", "multiplier=2)", "num pairs: 60", "`mlp`"):
+        assert words in card.text
+    assert files.model_card(VectorFile(layers(), "mlp", Provenance(model_id="/home/me/model"))).data.base_model is None
+
+
+def test_pushing_uploads_the_folder(monkeypatch):
+    seen = {}
+
+    class Hub:
+        def __init__(self, **options):
+            seen["token"] = options["token"]
+
+        def create_repo(self, repo_id, **options):
+            seen["repo"] = (repo_id, options["private"])
+            return type("Url", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, folder_path, commit_message, **options):
+            seen["files"], seen["vector"] = sorted(os.listdir(folder_path)), load_file(folder_path / VectorFolder.FILE)
+            seen["message"] = commit_message
+            return "commit"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    vector = VectorFile(layers(), "mlp", STORY)
+    url = VectorFolder(vector).push_to_hub("me/joy", token="secret", private=True, commit_message="joy")
+    assert (
+        url == "commit" and seen["repo"] == ("me/joy", True) and seen["token"] == "secret" and seen["message"] == "joy"
+    )
+    assert seen["files"] == ["README.md", "config.json", "steering_vector.safetensors"] and same(seen["vector"], vector)
+
+
+def test_a_repository_is_downloaded_with_the_options_given(tmp_path, monkeypatch):
+    vector, asked = VectorFile(layers(), "mlp", STORY), []
+    VectorFolder(vector).save_pretrained(tmp_path)
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options["revision"], options["token"], options["local_files_only"]))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(files, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **options: download(**options))
+    back = VectorFolder.from_pretrained("me/joy", revision="abc", token="secret", local_files_only=True).vector
+    assert same(back, vector)
+    assert asked == [("me/joy", name, "abc", "secret", True) for name in ("config.json", VectorFolder.FILE)]
