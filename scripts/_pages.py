@@ -101,7 +101,8 @@ def run(path: Path) -> str:
         quiet = ["--log-level=40"]
         NotebookClient(nb, timeout=600, kernel_name="python3", resources=place, extra_arguments=quiet).execute()
     except (CellExecutionError, DeadKernelError) as e:
-        raise CellFailed(str(e)) from None
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", str(e)).rstrip().splitlines()
+        raise CellFailed("\n".join([*plain[:12], "...", *plain[-25:]] if len(plain) > 40 else plain)) from None
     finally:
         os.environ.clear()
         os.environ.update(old)
