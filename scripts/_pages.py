@@ -13,6 +13,8 @@ NBS = ROOT / "nbs"
 FLAGS = {"slow", "gpu"}  # as `tst_flags` in settings.ini
 VIEW = "application/vnd.jupyter.widget-view+json"
 
+PROGRESS = re.compile(r"\[\d\d:\d\d[<,].*/(s|it)\]")
+
 
 class CellFailed(Exception):
     "A cell of a page raised; the message is its traceback."
@@ -53,11 +55,16 @@ def skips_all(nb: dict[str, Any]) -> bool:
     return any(re.search(r"^\s*-?\s*skip_exec:\s*true", source(c), re.M) for c in nb["cells"][:2])
 
 
+def is_progress(data: dict[str, Any]) -> bool:
+    "Is this the display of a progress bar that was drawn as a widget?"
+    return VIEW in data and "text/html" not in data and bool(PROGRESS.search("".join(data.get("text/plain", ""))))
+
+
 def merged(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    "Without stderr and live widget views, neighbouring prints as one: how a kernel flushes them is a matter of time."
+    "Without stderr, progress bars and live widget views; neighbouring prints as one, however the kernel flushed them."
     kept: list[dict[str, Any]] = []
     for out in outputs:
-        if out.get("name") == "stderr":
+        if out.get("name") == "stderr" or is_progress(out.get("data", {})):
             continue
         for key in ("data", "metadata"):
             out.get(key, {}).pop(VIEW, None)
