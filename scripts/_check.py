@@ -1,0 +1,85 @@
+"""Is the tree what its notebooks give? Export, clean and README are done again, and what changed is named."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import _docs
+import _pages
+
+ROOT = _pages.ROOT
+
+
+def snapshot() -> dict[Path, bytes]:
+    "Every file that is derived from a notebook, and the notebooks."
+    files = [*_pages.find(), *(ROOT / "steering_vectors").glob("*.py"), ROOT / "README.md", ROOT / "nbs" / "nbdev.yml"]
+    return {p.relative_to(ROOT): p.read_bytes() for p in files if p.exists()}
+
+
+def derive() -> None:
+    "Do again what derives files from notebooks."
+    from nbdev.quarto import refresh_quarto_yml
+
+    for command in ("nbdev_clean", "nbdev_export"):
+        subprocess.run([Path(sys.executable).parent / command], check=True)
+    refresh_quarto_yml()
+    (ROOT / "README.md").write_text(_docs.readme(), encoding="utf-8")
+
+
+def orphans() -> list[str]:
+    "Modules that no notebook exports."
+    sources = "\n".join(p.read_text(encoding="utf-8") for p in _pages.find())
+    taught = {name.replace(".", "/") for name in re.findall(r"#\|\s*default_exp ([\w.]+)", sources)}
+    modules = {p.stem for p in (ROOT / "steering_vectors").glob("*.py")} - {"__init__", "_modidx"}
+    return [f"steering_vectors/{name}.py is exported by no notebook" for name in sorted(modules - taught)]
+
+
+def shows(cell: dict) -> bool:
+    "Does `cell` surely show something: does it print, or end on a value that is not the result of a call?"
+    try:
+        body = ast.parse(re.sub(r"^\s*[%!].*$", "pass", _pages.source(cell), flags=re.M)).body
+    except SyntaxError:
+        return False
+    last = body[-1] if body else None
+    if not isinstance(last, ast.Expr):
+        return False
+    value = last.value
+    if isinstance(value, ast.Call):
+        return isinstance(value.func, ast.Name) and value.func.id == "print"
+    return isinstance(value, ast.Name | ast.Subscript | ast.BinOp | ast.Compare | ast.JoinedStr | ast.List | ast.Dict)
+
+
+def unstored() -> list[str]:
+    "Pages and cells that lack the outputs they would show, and stored outputs that are errors or progress bars."
+    said = []
+    for path in _pages.find():
+        name, nb = path.relative_to(ROOT), json.loads(path.read_text(encoding="utf-8"))
+        code = [c for c in nb["cells"] if c["cell_type"] == "code" and not _pages.skipped(c)]
+        open_ = [c for c in code if not {d.split()[0].rstrip(":") for d in _pages.directives(c) if d} & EXPORTED]
+        if open_ and not any(c["outputs"] for c in open_) and not _pages.skips_all(nb):
+            said.append(f"{name} has no stored outputs: scripts/refresh {name}")
+            continue
+        for cell in open_:
+            first = next((x for x in _pages.source(cell).splitlines() if x and not x.startswith("#|")), "")
+            if shows(cell) and not cell["outputs"]:
+                said.append(f"{name}: no stored output for the cell that begins {first!r}: scripts/refresh {name}")
+            if any(o["output_type"] == "error" or o.get("name") == "stderr" for o in cell["outputs"]):
+                said.append(f"{name}: an error or stderr is stored for the cell that begins {first!r}")
+    return said
+
+
+EXPORTED = {"export", "exporti", "exports", "hide", "default_exp"}
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    before = snapshot()
+    derive()
+    after = snapshot()
+    changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+    problems = [f"{p} was out of date; it is rewritten: commit it" for p in changed] + orphans() + unstored()
+    print("\n".join(problems), end="\n" if problems else "")
+    sys.exit(1 if problems else 0)

@@ -1,0 +1,74 @@
+"""The site in _docs/ and README.md, by nbdev's own processors and without its installer.
+
+nbdev stages every page in _proc/; Quarto renders that when it is on PATH, else smalldocs, which reads the same settings.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTE = "<!-- Generated from nbs/index.ipynb: edit the notebook, then `scripts/docs readme`. -->"
+
+
+def build() -> None:
+    "Stage the pages, then render them."
+    import nbdev.doclinks
+    from nbdev.config import get_config
+    from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+
+    config = get_config()
+    refresh_quarto_yml()
+    nbdev.doclinks._build_modidx()
+    nbdev_sidebar.__wrapped__()
+    stage = proc_nbs(config.nbs_path, n_workers=os.cpu_count(), force=True)
+    if shutil.which("quarto"):
+        subprocess.run(["quarto", "render", "--no-cache"], cwd=stage, check=True)
+    else:
+        subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(stage)], check=True)
+    shutil.rmtree(config.doc_path, ignore_errors=True)
+    shutil.move(stage / config.doc_path.name, config.doc_path)
+    print(f"The site is in {config.doc_path.relative_to(ROOT)}/")
+
+
+def shown(output: dict) -> str:
+    "One stored output as Markdown."
+    data = output.get("data", {})
+    if "text/markdown" in data:
+        return "".join(data["text/markdown"]).strip()
+    text = "".join(data.get("text/plain") or output.get("text", "")).rstrip()
+    return f"``` text\n{text}\n```" if text else ""
+
+
+def readme() -> str:
+    "README.md as nbs/index.ipynb gives it."
+    os.environ["STEER_README"] = "1"  # links stay absolute: the file is read outside the site
+    from execnb.nbio import read_nb
+    from nbdev.config import get_config
+    from nbdev.processors import FilterDefaults
+
+    config = get_config()
+    nb = read_nb(config.nbs_path / config.readme_nb)
+    FilterDefaults()(nb)
+    about = nb.frontmatter_
+    parts = [f"# {about['title']}", NOTE, f"> {about['description']}"]
+    for cell in nb.cells:
+        source = (cell.get("source") or "").strip()
+        if cell.cell_type == "markdown" and source and not source.startswith(("<!--", "```{=html}")):
+            parts.append(source)
+        if cell.cell_type == "code":
+            if source and "echo: false" not in source:
+                parts.append(f"``` python\n{source}\n```")
+            parts += filter(None, map(shown, cell.get("outputs", [])))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    if sys.argv[1:] == ["readme"]:
+        Path("README.md").write_text(readme(), encoding="utf-8")
+    else:
+        build()
