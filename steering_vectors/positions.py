@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHES', 'INPUTS', 'named_arguments', 'cache_length', 'Pass', 'Seen', 'Memory', 'PassTracker']
 
-# %% ../nbs/reference/positions.ipynb #1d91c348
+# %% ../nbs/reference/positions.ipynb #3a5f2b83
 import inspect
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .layers import block_holder, unwrap
 from .tokens import Place, Prompt, Selection, select
 
-# %% ../nbs/reference/positions.ipynb #874f6e7c
+# %% ../nbs/reference/positions.ipynb #0cc72823
 CACHES = ("past_key_values", "cache_params", "state", "past_buckets_states", "mems")
 INPUTS = ("input_ids", "inputs_embeds", "hidden_states")
 
@@ -41,7 +41,7 @@ def _parameter_names(kind: type) -> list[str]:
         _names[kind] = list(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
     return _names[kind]
 
-# %% ../nbs/reference/positions.ipynb #e7346ac7
+# %% ../nbs/reference/positions.ipynb #c21ff1a5
 def cache_length(
     cache: Any,                # what the model was given to continue, or None
 ) -> int | Tensor | None:      # columns it holds; a tensor where only the device knows; None where it has no length
@@ -57,7 +57,7 @@ def cache_length(
         return int(length) if length.device.type == "cpu" else length.detach().clone()
     return None if length is None else int(length)
 
-# %% ../nbs/reference/positions.ipynb #d524722c
+# %% ../nbs/reference/positions.ipynb #c54cf187
 class Pass:
     "One forward pass: what the model was given, and which of its tokens are meant."
 
@@ -112,7 +112,7 @@ class Pass:
 
     def _padding(self) -> Tensor | None:
         "(b, columns) False where a column is padding; None where there is none."
-        if self.seen is not None and self.length == 1 and self.start is not 0:  # noqa: F632
+        if self.seen is not None and self.length == 1 and not (isinstance(self.start, int) and self.start == 0):
             return self.seen.real
         if self.given is not None:
             real = self.given.bool()
@@ -121,7 +121,7 @@ class Pass:
             return _real_from_positions(self.positions)
         return self.seen.real if self.seen is not None else None
 
-# %% ../nbs/reference/positions.ipynb #a468a395
+# %% ../nbs/reference/positions.ipynb #b5b3ec02
 def _real_from_positions(positions: Tensor) -> Tensor | None:
     "(b, s) False at padding, from (b, s) position ids that count each row's own tokens from 0."
     s = positions.shape[1]
@@ -131,7 +131,7 @@ def _real_from_positions(positions: Tensor) -> Tensor | None:
     real = torch.where(on_the_left, columns >= s - tokens, columns < tokens)
     return None if bool(real.all()) else real
 
-# %% ../nbs/reference/positions.ipynb #b3a73c42
+# %% ../nbs/reference/positions.ipynb #d6cc3a42
 class Seen:
     "What is known of one cache."
 
@@ -167,7 +167,7 @@ class Memory:
             except TypeError:
                 self.strong[id(cache)] = (cache, seen)
 
-# %% ../nbs/reference/positions.ipynb #accac0db
+# %% ../nbs/reference/positions.ipynb #bc2a125f
 def _check_prompt(run: Pass, prompt: Prompt) -> None:
     "Refuse a prompt that is not what the model is reading."
     if run.ids is None or prompt.ids is None:
@@ -207,7 +207,7 @@ def _prompt_columns(run: Pass, previous: Tensor | None) -> int:
         )
     return run.seen.prompt
 
-# %% ../nbs/reference/positions.ipynb #d84d6e41
+# %% ../nbs/reference/positions.ipynb #ca464461
 class PassTracker:
     "Knows, while attached, where the current pass of this thread stands."
 
