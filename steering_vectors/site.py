@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['local_links', 'has_control', 'SitePage', 'finish']
 
-# %% ../nbs/reference/site.ipynb #a5afa839
+# %% ../nbs/reference/site.ipynb #1a2c2ae0
 import os
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/reference/site.ipynb #fd4cc9bc
+# %% ../nbs/reference/site.ipynb #a42fd43c
 def local_links(
     text: str,  # Markdown
     site: str,  # the site's full address, with a slash at its end
@@ -19,7 +19,7 @@ def local_links(
     "Turn links to `site` into relative ones."
     return text.replace(f"]({site}", f"]({up}").replace(f'href="{site}', f'href="{up}')
 
-# %% ../nbs/reference/site.ipynb #bf8f4f28
+# %% ../nbs/reference/site.ipynb #6ed6bfc0
 def has_control(
     cells: Any,  # the cells of a notebook
 ) -> bool:
@@ -27,7 +27,7 @@ def has_control(
     outputs = [out.get("data") or {} for cell in cells for out in cell.get("outputs") or []]
     return any("jupyter.widget-view+json" in "".join(data.get("text/html", "")) for data in outputs)
 
-# %% ../nbs/reference/site.ipynb #e8b053bb
+# %% ../nbs/reference/site.ipynb #7945be4c
 class SitePage:
     "nbdev's document processor for this site, named by `procs` in settings.ini."
 
@@ -49,7 +49,7 @@ class SitePage:
         page = Path(self.nb.path_).resolve().relative_to(Path(cfg.nbs_path).resolve())
         finish(self.nb, cfg.doc_host + cfg.doc_baseurl.rstrip("/") + "/", "../" * (len(page.parts) - 1))
 
-# %% ../nbs/reference/site.ipynb #1993627d
+# %% ../nbs/reference/site.ipynb #ab48d1cf
 def finish(
     nb: Any,  # the notebook; changed in place
     site: str,  # the site's full address
