@@ -8,7 +8,7 @@ __all__ = ['LayerType', 'LAYER_TYPES', 'LayerMatcher', 'ModelLayerConfig', 'KNOW
            'resolve_layers', 'resolve_layer_numbers', 'block_holder', 'FoundLayers', 'find_layers',
            'get_num_matching_layers', 'guess_and_enhance_layer_config']
 
-# %% ../nbs/reference/layers.ipynb #33966b0c
+# %% ../nbs/reference/layers.ipynb #edadbc57
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,13 +17,13 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-# %% ../nbs/reference/layers.ipynb #efd7baab
+# %% ../nbs/reference/layers.ipynb #2e5a781d
 LayerType = Literal["decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
 LayerMatcher = str | Callable[[int], str] | Callable[[nn.Module, int], str]
 ModelLayerConfig = Mapping[LayerType, LayerMatcher]
 
-# %% ../nbs/reference/layers.ipynb #5d2cdca8
+# %% ../nbs/reference/layers.ipynb #2bbf7ad9
 def check_layer_type(
     layer_type: str, # one of the five
 ) -> LayerType:      # the same
@@ -33,7 +33,7 @@ def check_layer_type(
             return known
     raise ValueError(f"Unknown layer_type {layer_type!r}. Choose {', '.join(LAYER_TYPES[:-1])} or {LAYER_TYPES[-1]}.")
 
-# %% ../nbs/reference/layers.ipynb #546edeee
+# %% ../nbs/reference/layers.ipynb #a2f2615b
 def repeating_lists(
     model: nn.Module,          # any model
 ) -> dict[str, nn.ModuleList]: # name in `model` -> the list
@@ -48,7 +48,7 @@ def repeating_lists(
             return found
     return {}
 
-# %% ../nbs/reference/layers.ipynb #f87351f5
+# %% ../nbs/reference/layers.ipynb #2b3a3cde
 def _text_config(model: nn.Module) -> Any:
     "The config of the text decoder in `model`, or None."
     config = getattr(model, "config", None)
@@ -73,7 +73,7 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     models = [module for module in called if hasattr(module, "config") and hasattr(module, "get_input_embeddings")]
     return [*models, *called, model][0]
 
-# %% ../nbs/reference/layers.ipynb #d61bc3df
+# %% ../nbs/reference/layers.ipynb #3b2244d4
 def block_list(
     model: nn.Module,           # a model, without wrappers
 ) -> tuple[str, nn.ModuleList]: # name in `model`, and the list of its decoder blocks
@@ -93,7 +93,7 @@ def block_list(
         return next(iter(lists.items()))
     raise ValueError(_ambiguous(model, every, lists))
 
-# %% ../nbs/reference/layers.ipynb #f5f57ee0
+# %% ../nbs/reference/layers.ipynb #7eae017c
 def _ambiguous(model: nn.Module, every: Mapping[str, nn.ModuleList], left: Mapping[str, nn.ModuleList]) -> str:
     "What to say where the decoder's list cannot be told."
     what = ", ".join(f"{name} ({len(found)} modules)" for name, found in every.items()) or "none"
@@ -103,7 +103,7 @@ def _ambiguous(model: nn.Module, every: Mapping[str, nn.ModuleList], left: Mappi
         f"Say which: layer_config={{'decoder_block': '{name}.{{num}}'}}."
     )
 
-# %% ../nbs/reference/layers.ipynb #dc57631c
+# %% ../nbs/reference/layers.ipynb #6a5df24b
 KNOWN: dict[str, ModelLayerConfig] = {
     "bigbird_pegasus": {
         "input_layernorm": "decoder.layers.{num}.self_attn_layer_norm",
@@ -119,7 +119,7 @@ KNOWN: dict[str, ModelLayerConfig] = {
     },
 }
 
-# %% ../nbs/reference/layers.ipynb #5654a6b5
+# %% ../nbs/reference/layers.ipynb #a9986ac8
 def _known(model: nn.Module) -> dict[LayerType, LayerMatcher]:
     "The templates that `model` needs and structure cannot give."
     templates = KNOWN.get(getattr(_text_config(model), "model_type", ""), {})
@@ -127,7 +127,7 @@ def _known(model: nn.Module) -> dict[LayerType, LayerMatcher]:
     base = f"{base}." if base and hasattr(model, base) else ""
     return {layer_type: f"{base}{template}" for layer_type, template in templates.items()}
 
-# %% ../nbs/reference/layers.ipynb #60ff25e7
+# %% ../nbs/reference/layers.ipynb #441b57c5
 NAMES: dict[LayerType, str] = {
     "self_attn": """self_attn self_attention attention attn linear_attn self_att rel_attn multi_head_attention mixer
         temporal_block norm_attn_norm.attn shared_transf.self_attn shared_transformer.self_attn layer.0.SelfAttention""",
@@ -142,7 +142,7 @@ NAMES: dict[LayerType, str] = {
         feed_forward.layer_norm ffn.layernorm_before_ffn layer.2.layer_norm layer.1.layer_norm""",
 }
 
-# %% ../nbs/reference/layers.ipynb #2575d58a
+# %% ../nbs/reference/layers.ipynb #b28fb9b7
 GENERIC: dict[LayerType, str] = {"self_attn": "attention", "mlp": "mlp|moe|feedforward"}
 
 
@@ -155,10 +155,10 @@ def _sub_layer(block: nn.Module, layer_type: LayerType, names: Iterable[str]) ->
             continue
         generic = name in ("mixer", "temporal_block")
         if not generic or re.search(GENERIC[layer_type], type(module).__name__, re.IGNORECASE):
-            return f"{name}.{len(module) - 1}" if isinstance(module, nn.ModuleList) else name
+            return f"{name}.0" if isinstance(module, nn.ModuleList) else name
     return ""
 
-# %% ../nbs/reference/layers.ipynb #4560c899
+# %% ../nbs/reference/layers.ipynb #9caa9582
 AROUND = "ln_1 ln1 norm_1 layernorm1 self_attn_layer_norm".split()
 BEFORE_MLP = "ln_2 ln2 norm_2 layernorm2 final_layer_norm".split()
 
@@ -173,7 +173,7 @@ def _names(parent: nn.Module, layer_type: LayerType) -> list[str]:
     }
     return NAMES[layer_type].split() + extra.get(layer_type, [])
 
-# %% ../nbs/reference/layers.ipynb #e427a747
+# %% ../nbs/reference/layers.ipynb #e84288eb
 def unwrap(
     model: nn.Module,        # maybe compiled, PEFT-wrapped or DataParallel
 ) -> tuple[nn.Module, str]:  # the model inside, and what its module names begin with
@@ -189,7 +189,7 @@ def unwrap(
             return model, prefix
         model, prefix = model.get_submodule(inner), f"{prefix}{inner}."
 
-# %% ../nbs/reference/layers.ipynb #539a0bfe
+# %% ../nbs/reference/layers.ipynb #dddc671a
 def name_function(
     matcher: LayerMatcher, # a template, a function, or a bound `str.format`
     model: nn.Module,      # handed to functions of two arguments
@@ -215,7 +215,7 @@ def _required(function: Callable[..., str]) -> int:
         return 1
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)
 
-# %% ../nbs/reference/layers.ipynb #86167d30
+# %% ../nbs/reference/layers.ipynb #5d839ede
 def match(
     model: nn.Module,      # a model, without wrappers
     matcher: LayerMatcher, # a template or a function
@@ -236,7 +236,7 @@ def match(
             found[n] = name
     return found
 
-# %% ../nbs/reference/layers.ipynb #b7366419
+# %% ../nbs/reference/layers.ipynb #b4491c6b
 class ResolvedLayers(dict[int, str]):
     "Layer number -> module name, for one layer type."
 
@@ -248,7 +248,7 @@ class ResolvedLayers(dict[int, str]):
         super().__init__(names)
         self.num_blocks = num_blocks
 
-# %% ../nbs/reference/layers.ipynb #ddf6135d
+# %% ../nbs/reference/layers.ipynb #58d59605
 def resolve_layers(
     model: nn.Module,                             # any model, wrapped or not
     layer_type: LayerType,                        # which part of a block
@@ -271,7 +271,7 @@ def resolve_layers(
             raise ValueError(_no_such_part(plain, layer_type, blocks))
     return ResolvedLayers({n: prefix + name for n, name in names.items()}, max([*names, *blocks]) + 1)
 
-# %% ../nbs/reference/layers.ipynb #15a822f9
+# %% ../nbs/reference/layers.ipynb #27fbbf86
 def _blocks(
     model: nn.Module, templates: Mapping[LayerType, LayerMatcher], whole: nn.Module, prefix: str
 ) -> dict[int, str]:
@@ -298,7 +298,7 @@ def _parts(model: nn.Module, blocks: Mapping[int, str], layer_type: LayerType) -
     uses = [id(model.get_submodule(name)) for name in parts.values()]
     return {n: name for n, name in parts.items() if uses.count(id(model.get_submodule(name))) == 1}
 
-# %% ../nbs/reference/layers.ipynb #0ae1ff52
+# %% ../nbs/reference/layers.ipynb #91429308
 def _no_such_part(model: nn.Module, layer_type: LayerType, blocks: Mapping[int, str]) -> str:
     "What to say where no block has such a part."
     first = next(iter(blocks.values()), "layers.0")
@@ -318,7 +318,7 @@ def _names_nothing(model: nn.Module, layer_type: LayerType, name_of: Callable[[i
         f"What repeats: {lists}."
     )
 
-# %% ../nbs/reference/layers.ipynb #71b8b477
+# %% ../nbs/reference/layers.ipynb #6bf5ea27
 def resolve_layer_numbers(
     wanted: Iterable[int],    # negative ones count from the last block
     found: Mapping[int, str], # what `resolve_layers` gave
@@ -357,7 +357,7 @@ def _spans(numbers: Iterable[int]) -> str:
             spans.append([n])
     return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
-# %% ../nbs/reference/layers.ipynb #a128ba06
+# %% ../nbs/reference/layers.ipynb #d609dc19
 def block_holder(
     model: nn.Module,                             # any model
     layer_config: ModelLayerConfig | None = None, # your own names, by layer type
@@ -369,7 +369,7 @@ def block_holder(
     names = resolve_layers(plain, "decoder_block", layer_config)
     return _owner(plain, next(iter(names.values())))
 
-# %% ../nbs/reference/layers.ipynb #21c986e9
+# %% ../nbs/reference/layers.ipynb #548531e1
 @dataclass(frozen=True, repr=False)
 class FoundLayers:
     "What each layer type means in one model, and what repeats in it."
@@ -401,7 +401,7 @@ def _templates(names: Mapping[int, str]) -> list[str]:
     "The templates that together give `names`."
     return list(dict.fromkeys(re.sub(rf"(^|\.){n}(?=\.|$)", r"\1{num}", name, count=1) for n, name in names.items()))
 
-# %% ../nbs/reference/layers.ipynb #31a12e08
+# %% ../nbs/reference/layers.ipynb #9995685c
 def find_layers(
     model: nn.Module,                             # any model, wrapped or not
     layer_config: ModelLayerConfig | None = None, # your own names, by layer type
@@ -422,7 +422,7 @@ def find_layers(
             repeats[template] = repeats.get(template, 0) + 1
     return FoundLayers(type(unwrap(model)[0]).__name__, layers, repeats)
 
-# %% ../nbs/reference/layers.ipynb #803a1db7
+# %% ../nbs/reference/layers.ipynb #45d3563a
 def get_num_matching_layers(
     model: nn.Module,            # any model
     layer_matcher: LayerMatcher, # a template or a function
@@ -431,7 +431,7 @@ def get_num_matching_layers(
     plain, prefix = unwrap(model)
     return len(match(plain, layer_matcher, model, prefix))
 
-# %% ../nbs/reference/layers.ipynb #243263b5
+# %% ../nbs/reference/layers.ipynb #2f1d8123
 def guess_and_enhance_layer_config(
     model: nn.Module,                             # any model
     layer_config: ModelLayerConfig | None = None, # what it says stays as it is

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import io
+import json
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,8 +86,9 @@ def _per_layer(default: PreTrainedConfig, have: dict[str, Any]) -> dict[str, Any
     lists = {k: v for k, v in have.items() if isinstance(v, list) and len(v) == total and len(v) > 3}
     if not lists:
         return {}
+    indices = {k for k, v in lists.items() if v == list(range(total))}
     kinds: dict[tuple[Any, ...], int] = {}
-    for n, kind in enumerate(zip(*lists.values())):
+    for n, kind in enumerate(zip(*(v for k, v in lists.items() if k not in indices), strict=True)):
         kinds.setdefault(tuple(map(str, kind)), n)
     chosen = sorted({*kinds.values(), *list(range(3))[: max(0, 3 - len(kinds))]})
     for n in range(total):
@@ -93,6 +96,7 @@ def _per_layer(default: PreTrainedConfig, have: dict[str, Any]) -> dict[str, Any
             break
         chosen = sorted({*chosen, n})
     cut: dict[str, Any] = {key: [values[n] for n in chosen] for key, values in lists.items()}
+    cut |= {key: list(range(len(chosen))) for key in indices}
     name = next((k for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in have), "num_hidden_layers")
     return cut | {name: len(chosen)}
 
@@ -104,11 +108,11 @@ MORE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4], "use_cache": False},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {},
-    "dots3_note_vision": {"adapter_in_dim": 32, "adapter_out_dim": 32},
-    "dots3_note_audio": {"adapter_out_dim": 32, "adapter_output_size": 32},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_out_dim": 32, "adapter_input_size": 32},
     "dots3_note_text": {"vocab_size": 128},
     "gemma4_assistant": {"backbone_hidden_size": 32},
     "musicgen_decoder": {"num_codebooks": 1},
@@ -132,6 +136,14 @@ MORE: dict[str, dict[str, Any]] = {
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 32, "kv_channels": 8, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
     "xmod": {"default_language": "en_XX"},
+}
+
+
+# Families that are not built here, and why.
+CANNOT: dict[str, str] = {
+    "gemma3n": "its vision tower needs timm, which is not installed (its text model, gemma3n_text, is built)",
+    "gemma4_assistant": "a draft model that reads the cache of the model it drafts for, and cannot run alone",
+    "gemma4_unified_assistant": "a draft model that reads the cache of the model it drafts for, and cannot run alone",
 }
 
 
@@ -164,6 +176,32 @@ def build(model_type: str, mapping: dict[str, str] | None = None) -> PreTrainedM
             config = config.get_text_config(decoder=True)
         if hasattr(config, "is_decoder"):
             config.is_decoder = True
-        config._attn_implementation = "eager"
+        config._experts_implementation = "eager"  # the grouped kernel knows no float64
         torch.manual_seed(0)
         return model_class(config).eval()
+
+
+def describe(found: Any) -> dict[str, Any]:
+    "What `find_layers` found, short enough to commit: templates, and the numbers where not every block has the part."
+    from steering_vectors.layers import _spans, _templates
+
+    blocks = found["decoder_block"]
+    said: dict[str, Any] = {"blocks": len(blocks)}
+    for kind, names in found.layers.items():
+        some = f" [{_spans(names)}]" if names and len(names) < len(blocks) else ""
+        said[kind] = " ".join(_templates(names)) + some if names else None
+    return said
+
+
+LIST = Path(__file__).with_name("families.json")
+
+
+def listed() -> dict[str, Any]:
+    "The families that build, and the parts of their blocks, as committed."
+    return json.loads(LIST.read_text()) if LIST.exists() else {}
+
+
+if __name__ == "__main__":  # write the list anew; read the difference before you commit it
+    from steering_vectors import find_layers
+
+    LIST.write_text(json.dumps({name: describe(find_layers(build(name))) for name in sorted(CAUSAL) if name not in CANNOT}, indent=1) + "\n")

@@ -1,0 +1,291 @@
+"""Every family of the installed transformers: its layers are found, steering them does something, and the law holds.
+
+The law: steered with a cache equals steered without one, token by token. Both sides are compared with loops written here,
+which use no cache and hooks of their own, on logits of every step in float64.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import quiet
+from torch import Tensor, nn
+
+from steering_vectors import SteeringVector, find_layers, train_steering_vector
+from steering_vectors.demo import tiny_tokenizer
+from steering_vectors.layers import LAYER_TYPES, block_holder
+from steering_vectors.tokens import Tokens
+
+CHECKS = ["found", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "steered", "trained", "cached", "padded"]
+MARKS: dict[str, dict[str, str]] = {}
+STEPS = 3
+LISTED = families.listed()
+
+
+@pytest.fixture(scope="module", params=sorted(families.CAUSAL))
+def family(request: pytest.FixtureRequest) -> Iterator[Any]:
+    "A tiny model of each family, with what the checks of one family share."
+    name = request.param
+    MARKS[name] = {}
+    if name in families.CANNOT:
+        pytest.skip(families.CANNOT[name])
+    model = families.build(name).double()
+    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    yield SimpleNamespace(name=name, model=model, ids=ids, mask=mask, found=find_layers(model))
+
+
+@pytest.fixture(autouse=True)
+def mark(request: pytest.FixtureRequest) -> Iterator[None]:
+    "Note what came of a check, for the table."
+    if "family" not in request.fixturenames:
+        yield
+        return
+    family = request.getfixturevalue("family")
+    check = request.node.callspec.params.get("layer_type") or request.node.originalname.removeprefix("test_")
+    marks = MARKS[family.name]
+    marks[check] = "FAILED"
+    before = len(marks)
+    request.node.mark_as = lambda text: marks.__setitem__(check, text)
+    yield
+    del before
+
+
+def ok(request: pytest.FixtureRequest, text: str = "ok") -> None:
+    request.node.mark_as(text)
+
+
+# --- loops of our own ------------------------------------------------------------------------------------------------
+
+
+def first_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def put_back(output: Any, h: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return h
+    return output._replace(**{output._fields[0]: h}) if hasattr(output, "_fields") else type(output)([h, *output[1:]])
+
+
+def added(h: Tensor, v: Tensor, columns: Tensor) -> Tensor:
+    "`h` with `v` added where `columns`, a bool (b, s), says so, whatever the layout of streams."
+    h, (b, s) = h.clone(), columns.shape
+    if h.shape[:2] == (b, s):
+        h[columns] += v
+    elif h.ndim == 4 and h.shape[1:3] == (b, s):
+        h[:, columns] += v
+    else:
+        raise AssertionError(f"a layout that this test does not know: {tuple(h.shape)}")
+    return h
+
+
+def width(model: nn.Module, name: str, ids: Tensor) -> int:
+    "The width of what a module returns."
+    seen: list[int] = []
+    hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(first_tensor(out).shape[-1]))
+    logits(model, ids)
+    hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with quiet():
+        return model(input_ids=ids, use_cache=False).logits if takes(model, "use_cache") else model(input_ids=ids).logits
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    import inspect
+
+    return name in inspect.signature(model.forward).parameters
+
+
+def generate(model: nn.Module, ids: Tensor, mask: Tensor, steps: int = STEPS, use_cache: bool = True) -> tuple[Tensor, Tensor]:
+    "Greedy tokens (b, s + steps) and the logits of every step (b, steps, vocabulary)."
+    with quiet(), torch.no_grad():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, use_cache=use_cache,
+            output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    return out.sequences, torch.stack(list(out.logits), 1)
+
+
+def by_hand(model: nn.Module, name: str, v: Tensor | None, ids: Tensor, mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    "The same without a cache: every step reads everything again, and a hook of our own adds `v` at `columns` (b, all)."
+    every: list[Tensor] = []
+    for _ in range(STEPS):
+        here = columns[:, : ids.shape[1]]
+        hooks = []
+        if v is not None:
+            def hook(module: nn.Module, args: Any, out: Any, here: Tensor = here) -> Any:
+                return put_back(out, added(first_tensor(out), v, here))
+
+            hooks = [model.get_submodule(name).register_forward_hook(hook)]
+        try:
+            ids, step = generate(model, ids, mask, 1, use_cache=False)
+        finally:
+            for h in hooks:
+                h.remove()
+        every.append(step)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    return ids, torch.cat(every, 1)
+
+
+def compare(family: Any, columns: Tensor, ids: Tensor, mask: Tensor, **where: Any) -> None:
+    "Steered with a cache against steered by hand without one; what the cache itself changes is measured without steering."
+    model, name = family.model, family.found["decoder_block"][1]
+    v = torch.randn(width(model, name, family.ids), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    plain = generate(model, ids, mask)
+    bare = by_hand(model, name, None, ids, mask, columns)
+    noise = float((plain[1] - bare[1]).abs().max())
+    wanted = by_hand(model, name, v, ids, mask, columns)
+    with SteeringVector({1: v}).apply(model, **where):
+        steered = generate(model, ids, mask)
+    error, effect = float((steered[1] - wanted[1]).abs().max()), float((wanted[1] - bare[1]).abs().max())
+    assert torch.equal(steered[0], wanted[0])
+    assert error <= 1e-9 + 4 * noise, f"error {error:.1e}, effect {effect:.1e}, the cache alone {noise:.1e}"
+    assert effect > 1e-6 + 20 * error, f"steering did nothing: {effect:.1e}"
+
+
+# --- the checks ------------------------------------------------------------------------------------------------------
+
+
+def test_found(family: Any, request: pytest.FixtureRequest) -> None:
+    "The text decoder's blocks, all of them, each entered in each pass; and what is committed is what is found."
+    model, found = family.model, family.found
+    entered: list[str] = []
+    holder = block_holder(model)
+    hooks = [holder.register_forward_pre_hook(lambda m, a: entered.append("holder"))]
+    for name in found["decoder_block"].values():
+        hooks.append(model.get_submodule(name).register_forward_hook(lambda m, a, o, name=name: entered.append(name)))
+    logits(model, family.ids)
+    for hook in hooks:
+        hook.remove()
+    assert entered.count("holder") == 1
+    assert list(dict.fromkeys(entered[1:])) == list(found["decoder_block"].values())
+    if family.name in LISTED:
+        assert families.describe(found) == LISTED[family.name]
+    ok(request, f"{len(found['decoder_block'])}" + ("" if family.name in LISTED else " new"))
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES[1:])
+def test_part(family: Any, layer_type: str, request: pytest.FixtureRequest) -> None:
+    "A part runs where its name says that it runs, and steering it changes the logits; a family without one says so."
+    model, names = family.model, family.found[layer_type]
+    if not names:
+        return ok(request, "none")
+    order: list[tuple[str, str, int]] = []
+    hooks = []
+    for kind in ("self_attn", "mlp", layer_type):
+        for n, name in family.found[kind].items():
+            module = model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(lambda m, a, k=kind, n=n: order.append((k, "in", n))))
+            hooks.append(module.register_forward_hook(lambda m, a, o, k=kind, n=n: order.append((k, "out", n))))
+    plain = logits(model, family.ids)
+    for hook in hooks:
+        hook.remove()
+    for n in names:
+        run = [(kind, door) for kind, door, number in order if number == n]
+        assert (layer_type, "out") in run, f"block {n} never ran it"
+        attention = run.index(("self_attn", "out")) if n in family.found["self_attn"] else None
+        mlp = run.index(("mlp", "out")) if n in family.found["mlp"] else len(run)
+        if layer_type == "input_layernorm":
+            assert run.index((layer_type, "out")) < (mlp if attention is None else attention)
+        if layer_type == "post_attention_layernorm":
+            assert run.index((layer_type, "out")) < mlp
+            assert attention is None or run.index(("self_attn", "in")) < run.index((layer_type, "in"))
+    n, name = next(iter(names.items()))
+    v = torch.randn(width(model, name, family.ids), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with SteeringVector({n: v}, layer_type).apply(model):
+        assert not torch.allclose(logits(model, family.ids), plain, rtol=0, atol=1e-7)
+    assert torch.equal(logits(model, family.ids), plain)
+    ok(request, "ok" if len(names) == len(family.found["decoder_block"]) else f"{len(names)}/{len(family.found['decoder_block'])}")
+
+
+def test_steered(family: Any, request: pytest.FixtureRequest) -> None:
+    "One block steered: the logits are those of a hook written by hand, and different from before."
+    model, name = family.model, family.found["decoder_block"][1]
+    v = torch.randn(width(model, name, family.ids), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    plain = logits(model, family.ids)
+    hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: put_back(out, first_tensor(out) + v))
+    wanted = logits(model, family.ids)
+    hook.remove()
+    with SteeringVector({1: v}).apply(model):
+        steered = logits(model, family.ids)
+    assert torch.equal(steered, wanted)
+    assert not torch.allclose(steered, plain, rtol=0, atol=1e-7)
+    assert torch.equal(logits(model, family.ids), plain)
+    ok(request)
+
+
+def test_trained(family: Any, request: pytest.FixtureRequest) -> None:
+    "A batch of texts of several lengths trains the vector that one text at a time does, and that our own hook reads."
+    model, found, tokenizer = family.model, family.found, tiny_tokenizer()
+    pairs = [("I am glad", "I am sad"), ("what a day it is", "no"), ("yes, it is so", "never in my life")]
+    with quiet():
+        one = train_steering_vector(model, tokenizer, pairs, batch_size=1)
+        many = train_steering_vector(model, tokenizer, pairs, batch_size=3)
+    wanted: dict[int, Tensor] = {}
+    for n, name in found["decoder_block"].items():
+        total: list[Tensor] = []
+        for pair in pairs:
+            for sign, text in zip((1, -1), pair, strict=True):
+                ids = tokenizer(text, return_tensors="pt").input_ids
+                seen: list[Tensor] = []
+                hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(first_tensor(out).detach()))
+                logits(model, ids)
+                hook.remove()
+                h = seen[-1]
+                h = h.mean(0) if h.ndim == 4 and h.shape[1:3] == ids.shape else h.mean(2) if h.ndim == 4 else h
+                total.append(sign * h[0, -1])
+        wanted[n] = torch.stack(total).sum(0) / len(pairs)
+    assert list(one.layer_activations) == list(wanted)
+    for n, v in wanted.items():
+        for vector in (one, many):
+            got = vector.layer_activations[n]
+            assert got.shape == v.shape
+            assert float((got - v).norm()) <= 1e-4 * float(v.norm()), f"layer {n}: {float((got - v).norm() / v.norm()):.1e}"
+    ok(request)
+
+
+def test_cached(family: Any, request: pytest.FixtureRequest) -> None:
+    "The law, for `min_token_index`: a column in the prompt and all after it, generated ones included."
+    ids = family.ids
+    columns = (torch.arange(ids.shape[1] + STEPS) >= 4).expand(2, -1)
+    compare(family, columns, ids, torch.ones_like(ids), min_token_index=4)
+    ok(request)
+
+
+def test_padded(family: Any, request: pytest.FixtureRequest) -> None:
+    "The law, for a batch padded on the left: each row's own second token and everything generated."
+    ids, mask = family.ids * family.mask, family.mask
+    columns = torch.zeros(2, ids.shape[1] + STEPS, dtype=torch.bool)
+    columns[0, 3] = columns[1, 1] = True
+    columns[:, ids.shape[1] :] = True
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    compare(family, columns, ids, mask, tokens=Tokens.prompt[1:2] | Tokens.generated, prompt=inputs)
+    ok(request)
+
+
+def test_every_listed_family_is_still_there() -> None:
+    "What was found once must not disappear unnoticed."
+    missing = set(LISTED) - set(families.CAUSAL)
+    assert not missing, f"no longer in transformers: {sorted(missing)}"
+    assert not set(LISTED) & set(families.CANNOT)
+
+
+def table() -> str:
+    "Family x check, and the totals."
+    short = {"input_layernorm": "in norm", "post_attention_layernorm": "post norm", "self_attn": "attn", "found": "blocks"}
+    lines = [f"{'family':<26}" + "".join(f"{short.get(check, check):>10}" for check in CHECKS)]
+    for name, marks in sorted(MARKS.items()):
+        row = "".join(f"{marks.get(check, ''):>10}" for check in CHECKS) if marks else "  " + families.CANNOT.get(name, "")[:90]
+        lines.append(f"{name:<26}{row}")
+    built = [marks for marks in MARKS.values() if marks]
+    good = [sum(marks.get(check, "FAILED") not in ("FAILED", "none", "") for marks in built) for check in CHECKS]
+    return "\n".join([*lines, f"{f'of {len(built)} families':<26}" + "".join(f"{n:>10}" for n in good)])
