@@ -7,7 +7,7 @@ __all__ = ['Prompt', 'Layer', 'prompt_ids', 'at_layer', 'Sweep', 'sweep', 'Token
            'next_token_shift', 'Effect', 'completion_gap', 'answer_gap', 'text_loss', 'Similarity', 'similarity',
            'Projections', 'projections', 'multiplier_limit']
 
-# %% ../nbs/reference/effects.ipynb #6b701fcd
+# %% ../nbs/reference/effects.ipynb #2f51d453
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-# %% ../nbs/reference/effects.ipynb #86e2b7cc
+# %% ../nbs/reference/effects.ipynb #5727daa3
 from .operators import PatchDeltaOperator
 from .recording import record_activations
 from .tokens import Place, Tokens, as_selection, select
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from steering_vectors.layers import ModelLayerConfig
 
-# %% ../nbs/reference/effects.ipynb #e1f0ed5f
+# %% ../nbs/reference/effects.ipynb #2e936c2b
 Prompt = str | Sequence[Mapping[str, str]] | Tensor  # words, chat messages, or ids
 
 
@@ -44,10 +44,12 @@ def prompt_ids(
         if chat is False or (chat is None and not tokenizer.chat_template):
             return torch.tensor([tokenizer(prompt)["input_ids"]])
         prompt = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template([dict(message) for message in prompt], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in prompt], tokenize=False, add_generation_prompt=True
+    )
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
-# %% ../nbs/reference/effects.ipynb #7c49babc
+# %% ../nbs/reference/effects.ipynb #a7e63c87
 @contextmanager
 def _measuring(model: Any, seed: int = 0) -> Iterator[None]:
     "Evaluation mode, no gradients, seeded; everything as before afterwards."
@@ -62,7 +64,7 @@ def _measuring(model: Any, seed: int = 0) -> Iterator[None]:
         for module in training:
             module.training = True
 
-# %% ../nbs/reference/effects.ipynb #996b4335
+# %% ../nbs/reference/effects.ipynb #30899f1e
 Layer = int | tuple[int, ...] | Literal["all"]  # a layer, several at once, or every layer
 
 
@@ -73,9 +75,9 @@ def at_layer(
     "The part of `vector` that acts at `layer`."
     return vector if isinstance(layer, str) else vector[layer]
 
-# %% ../nbs/reference/effects.ipynb #033260e8
+# %% ../nbs/reference/effects.ipynb #00588526
 def _answers(
-    model: "PreTrainedModel",
+    model: Any,
     tokenizer: "PreTrainedTokenizerBase",
     ids: Tensor,  # (b, s), equal rows
     max_new_tokens: int,
@@ -103,7 +105,7 @@ def _answers(
     rows = out[:, length:].tolist()
     return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
-# %% ../nbs/reference/effects.ipynb #567b02e0
+# %% ../nbs/reference/effects.ipynb #3102de88
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     "A table as markup."
     top = "".join(f'<th style="text-align:left">{escape(h)}</th>' for h in head)
@@ -118,7 +120,7 @@ def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     wide = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head) - 1)]
     return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(r, wide, strict=False)), r[-1]]) for r in [head, *rows])
 
-# %% ../nbs/reference/effects.ipynb #104ac3da
+# %% ../nbs/reference/effects.ipynb #00fcc4f8
 @dataclass(frozen=True)
 class Sweep:
     "Texts by layer and multiplier."
@@ -148,7 +150,7 @@ class Sweep:
     def __repr__(self) -> str:
         return _lines(["layer", "multiplier", "text"], self._rows)
 
-# %% ../nbs/reference/effects.ipynb #4ee36c04
+# %% ../nbs/reference/effects.ipynb #5a581648
 def sweep(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -181,7 +183,7 @@ def sweep(
     kept = tuple(dict.fromkeys(layer for layer, _ in rows))
     return Sweep(words, kept, tuple(multipliers), texts, tuple(asked[0].tolist()), rows)
 
-# %% ../nbs/reference/effects.ipynb #04df91d3
+# %% ../nbs/reference/effects.ipynb #9ad0487d
 @dataclass(frozen=True)
 class TokenValues:
     "The tokens of a text, each with a number."
@@ -215,7 +217,7 @@ def steered_tokens(
         mask[:, -1] = 0  # written, never read
     return TokenValues(_words(tokenizer, ids), tuple(mask[0].tolist()), "steered")
 
-# %% ../nbs/reference/effects.ipynb #769b441e
+# %% ../nbs/reference/effects.ipynb #45698ebe
 @dataclass(frozen=True)
 class TokenShift:
     "The next tokens whose probability changes most."
@@ -240,7 +242,7 @@ class TokenShift:
     def _repr_html_(self) -> str:
         return _table(["unsteered", "steered", "change", "token"], self._rows, "Probability of the next token")
 
-# %% ../nbs/reference/effects.ipynb #8633933c
+# %% ../nbs/reference/effects.ipynb #ef323611
 def next_token_shift(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -262,7 +264,7 @@ def next_token_shift(
     top = (after - before).abs().topk(min(k, len(before))).indices
     return TokenShift(_words(tokenizer, top.tolist()), tuple(before[top].tolist()), tuple(after[top].tolist()))
 
-# %% ../nbs/reference/effects.ipynb #4e4f3853
+# %% ../nbs/reference/effects.ipynb #dbca6cf0
 @dataclass(frozen=True, eq=False)
 class Effect:
     "A measure of each example at each multiplier."
@@ -316,7 +318,7 @@ class Effect:
     def _repr_html_(self) -> str:
         return _table(["multiplier", f"{self.what} ({self.unit})"], self._rows, self._summary)
 
-# %% ../nbs/reference/effects.ipynb #465a618e
+# %% ../nbs/reference/effects.ipynb #1ad0112c
 def _scores(
     model: "PreTrainedModel",
     pairs: Sequence[tuple[list[int], list[int]]],  # ids of prompt and completion
@@ -338,7 +340,7 @@ def _scores(
         out.append(torch.where(scored, logp, 0.0).sum(1) / scored.sum(1))
     return torch.cat(out)
 
-# %% ../nbs/reference/effects.ipynb #56ee8949
+# %% ../nbs/reference/effects.ipynb #218cb4e2
 def _curve(
     model: "PreTrainedModel",
     vector: SteeringVector,
@@ -360,7 +362,7 @@ def _curve(
             columns.append(_scores(model, pairs, batch_size, steer))
     return torch.stack(columns, 1)
 
-# %% ../nbs/reference/effects.ipynb #7e2a1724
+# %% ../nbs/reference/effects.ipynb #a5bea7ba
 def completion_gap(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -391,7 +393,7 @@ def _completion(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
         raise ValueError("A completion is empty: it needs at least one token to have a probability.")
     return ids
 
-# %% ../nbs/reference/effects.ipynb #e315a599
+# %% ../nbs/reference/effects.ipynb #b892d102
 def answer_gap(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -426,7 +428,7 @@ def _one_token(tokenizer: "PreTrainedTokenizerBase", answer: str) -> int:
         )
     return ids[0]
 
-# %% ../nbs/reference/effects.ipynb #580b9f66
+# %% ../nbs/reference/effects.ipynb #974d2389
 def text_loss(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -446,7 +448,7 @@ def text_loss(
     scores = _curve(model, vector, multipliers, pairs, batch_size, operator, tokens, layer_config)
     return Effect("loss", "nats a token", tuple(multipliers), -scores)
 
-# %% ../nbs/reference/effects.ipynb #cf298c8d
+# %% ../nbs/reference/effects.ipynb #e415b7f8
 @dataclass(frozen=True, eq=False)
 class Similarity:
     "Cosines between named directions."
@@ -471,7 +473,7 @@ class Similarity:
     def _repr_html_(self) -> str:
         return _table(["cosine", *self.names], self._rows)
 
-# %% ../nbs/reference/effects.ipynb #41c7d932
+# %% ../nbs/reference/effects.ipynb #0a20e58b
 def similarity(
     vectors: SteeringVector | Mapping[str, SteeringVector],  # one, to compare its layers; several by name
     layer: int | None = None,  # where several are compared; may be left out if they share just one layer
@@ -493,7 +495,7 @@ def similarity(
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
     return Similarity(tuple(found), rows @ rows.T)
 
-# %% ../nbs/reference/effects.ipynb #b222482d
+# %% ../nbs/reference/effects.ipynb #6abe1040
 @dataclass(frozen=True, eq=False)
 class Projections:
     "The component of each token along the direction, by layer."
@@ -518,7 +520,7 @@ class Projections:
         rows = [[str(n), f"{m:+.2f}"] for n, m in zip(self.layers, self.mean, strict=True)]
         return _lines(["layer", "mean projection"], rows)
 
-# %% ../nbs/reference/effects.ipynb #9f4e8e87
+# %% ../nbs/reference/effects.ipynb #82622024
 def projections(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -537,14 +539,14 @@ def projections(
         rows.append(seen[layer][0][0].float().cpu() @ v / v.norm().clamp_min(1e-30))
     return Projections(_words(tokenizer, ids[0].tolist()), tuple(layers), torch.stack(rows))
 
-# %% ../nbs/reference/effects.ipynb #27a182ea
+# %% ../nbs/reference/effects.ipynb #30116518
 def multiplier_limit(
     vector: SteeringVector,
-    layer: Layer = "all",  # where it will act; of several, the one that is reached first counts
+    layer: Layer = "all",  # where it will act
     fraction: float = 1.0,  # of the activations' median norm
 ) -> float:
     "The multiplier at which `vector` is `fraction` as long as the activations."
     norms = vector.provenance.activation_norms or {}
     found = at_layer(vector, layer).layer_activations
-    ratios = [norms[n] / float(a.float().norm()) for n, a in found.items() if n in norms and float(a.float().norm())]
-    return fraction * min(ratios) if ratios else 3.0
+    share = sum(float(a.float().norm()) / norms[n] for n, a in found.items() if norms.get(n))
+    return fraction / share if share else 3.0

@@ -6,14 +6,14 @@
 __all__ = ['plot_effect', 'plot_layers', 'plot_shift', 'plot_similarity', 'plot_tokens', 'plot_projections', 'plot_norms',
            'plot_contrast']
 
-# %% ../nbs/reference/plots.ipynb #f09ac391
+# %% ../nbs/reference/plots.ipynb #69b94097
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/reference/plots.ipynb #eca9f6b3
+# %% ../nbs/reference/plots.ipynb #b14985b6
 from .effects import Effect, Projections, Similarity, TokenShift, TokenValues
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from steering_vectors.vector import SteeringVector
 
-# %% ../nbs/reference/plots.ipynb #3ba70b29
+# %% ../nbs/reference/plots.ipynb #0bccdfeb
 BLUE, ORANGE, RED, GREEN, SKY, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#777777"
 _SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "D"), (SKY, "v"), (GREY, "x")]  # colour and marker together
 
@@ -37,7 +37,7 @@ def _sheet(ax: "Axes | None", width: float = 5.0, height: float = 3.0) -> "Axes"
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #44d46382
+# %% ../nbs/reference/plots.ipynb #a97f56c8
 def plot_effect(
     effect: Effect | Mapping[str, Effect],  # one, or several by name
     ax: "Axes | None" = None,
@@ -61,7 +61,7 @@ def plot_effect(
         ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #0b24fb6c
+# %% ../nbs/reference/plots.ipynb #c2bbfd4b
 def plot_layers(
     effects: Mapping[int, Effect],  # by layer
     ax: "Axes | None" = None,
@@ -79,7 +79,7 @@ def plot_layers(
     wrong.spines["top"].set_visible(False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #eb7e38ff
+# %% ../nbs/reference/plots.ipynb #a4ba62c0
 def plot_shift(
     shift: TokenShift,
     ax: "Axes | None" = None,
@@ -95,7 +95,7 @@ def plot_shift(
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #e2303d88
+# %% ../nbs/reference/plots.ipynb #4f3afa59
 def plot_similarity(
     similarity: Similarity,
     ax: "Axes | None" = None,
@@ -112,7 +112,7 @@ def plot_similarity(
         ax.text(j, i, f"{x:.2f}", ha="center", va="center", color="white" if abs(x) > 0.6 else "black")
     return ax
 
-# %% ../nbs/reference/plots.ipynb #03871d72
+# %% ../nbs/reference/plots.ipynb #959dee3b
 def plot_tokens(
     values: TokenValues,
     ax: "Axes | None" = None,
@@ -126,7 +126,7 @@ def plot_tokens(
     ax.set_ylabel(values.what)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #675ae13d
+# %% ../nbs/reference/plots.ipynb #6106d39a
 def plot_projections(
     projections: Projections | Mapping[str, Projections],  # one, or several by name
     ax: "Axes | None" = None,
@@ -142,7 +142,7 @@ def plot_projections(
         ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #6d29111a
+# %% ../nbs/reference/plots.ipynb #a2c47a16
 def plot_norms(
     vector: "SteeringVector",
     ax: "Axes | None" = None,
@@ -157,10 +157,11 @@ def plot_norms(
     if known := [n for n in layers if n in norms]:
         ax.plot(known, [norms[n] for n in known], "s-", color=ORANGE, label="activations (median)")
     ax.set(xlabel="layer", ylabel="L2 norm (activation units)", yscale="log")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #2f2185a0
+# %% ../nbs/reference/plots.ipynb #fb5e5fd1
 def plot_contrast(
     positive: Tensor,  # activations of one side at one layer, (n, d)
     negative: Tensor,  # of the other side, (n, d)
