@@ -1,0 +1,208 @@
+"""Controls without a browser: what they call and when; and in one: what a page without a kernel does."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import pytest
+from browser import Watched, browser, chromium
+
+from steering_vectors.widgets import Control, Fixed, Html, Span, as_html
+
+EMBED = Path(__file__).parents[1] / "nbs" / "widgets" / "embed.js"
+
+
+def said(layer, multiplier):
+    return f"layer {layer} at {multiplier:+g} <b></script>"
+
+
+def state(page: str) -> dict:
+    return json.loads(re.search(r'widget-state\+json">(.*?)</script>', page).group(1))["state"]
+
+
+def test_every_combination_is_in_the_page_once():
+    page = Control(said, layer=[1, 2], multiplier=[-1.0, 0.0, 1.0]).to_html()
+    cells = [m["state"]["value"] for m in state(page).values() if m["model_name"] == "HTMLModel"]
+    assert cells == [as_html(said(a, m)) for a in (1, 2) for m in (-1.0, 0.0, 1.0)]
+
+
+def test_three_axes_nest_and_each_stack_follows_its_own_axis():
+    page = Control(lambda **v: str(v), a=[1, 2], b=["x", "y"], c=[5, 6, 7], start={"a": 2, "c": 7}).to_html()
+    models = state(page)
+    links = [m["state"] for m in models.values() if m["model_name"] == "DirectionalLinkModel"]
+    assert len(links) == 1 + 2 + 4
+    for link in links:
+        picker, stack = (models[link[end][0].removeprefix("IPY_MODEL_")]["state"] for end in ("source", "target"))
+        assert stack["selected_index"] == picker["index"]
+        assert len(stack["children"]) == len(picker["_options_labels"])
+
+
+def test_a_page_is_the_same_in_another_process_and_ids_differ_within_one():
+    import subprocess
+    import sys
+
+    code = "from steering_vectors.widgets import Control; c = Control(lambda m: f'{m}</script>', m=[1, 2]); print(c.to_html()); print(c.to_html())"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
+    ]
+    assert runs[0] == runs[1]
+    first, second = runs[0].splitlines()
+    assert not set(state(first)) & set(state(second))
+
+
+def test_the_fallback_is_the_starting_cell_and_the_grid_is_stated():
+    page = Control(said, layer=[1, 2], multiplier=[-1.0, 1.0], start={"layer": 2, "multiplier": 1.0}).to_html()
+    fallback = page[page.index('class="steer-fallback"') :]
+    assert "layer 2 at +1" in fallback and "layer 1" not in fallback.split("Computed for")[0]
+    assert "Computed for layer 1, 2 × multiplier -1, +1" in fallback
+    assert "<b>" not in fallback.replace("&lt;b&gt;", "")
+
+
+def test_moves_in_quick_succession_are_one_call():
+    calls = []
+
+    async def session():
+        control = Control(
+            lambda multiplier: calls.append(multiplier) or f"{multiplier:+g}", delay=0.02, multiplier=Span(-3, 3, (0,))
+        )
+        for m in (0.5, 1.0, 1.5, 2.0):
+            control.multiplier = m
+            await asyncio.sleep(0.002)
+        assert not calls and "opacity:0.35" in control.widget.children[-1].value
+        await asyncio.sleep(0.1)
+        return control.widget.children[-1].value
+
+    shown = asyncio.run(session())
+    assert calls == [2.0] and "+2" in shown and "opacity:1" in shown
+
+
+def test_a_move_on_another_thread_is_answered_on_the_loop():
+    import threading
+
+    where = []
+
+    async def session():
+        control = Control(lambda n: where.append(threading.current_thread()) or str(n), delay=0.01, n=[1, 2])
+        thread = threading.Thread(target=lambda: setattr(control, "n", 2))
+        thread.start()
+        thread.join()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(session())
+    assert where == [threading.main_thread()]
+
+
+def test_a_value_that_moves_while_the_view_works_leaves_the_result_marked_as_old():
+    async def session():
+        control = Control(lambda n: (setattr(control, "n", 2) if n == 1 else None) or str(n), delay=0.01, n=[0, 1, 2])
+        control.n = 1
+        control.refresh()
+        assert "opacity:0.35" in control.widget.children[-1].value
+        await asyncio.sleep(0.1)
+        return control.widget.children[-1].value
+
+    shown = asyncio.run(session())
+    assert ">2<" in shown and "opacity:1" in shown
+
+
+def test_an_error_is_shown_and_the_next_move_answered():
+    def view(n):
+        if n == 2:
+            raise RuntimeError("no <such> layer")
+        return f"fine {n}"
+
+    control = Control(view, n=[1, 3], start={"n": 3})
+    control.n = 2
+    assert "RuntimeError: no &lt;such&gt; layer" in control.html and 'role="alert"' in control.html
+    with pytest.raises(RuntimeError):
+        _ = control.output
+    control.n = 1
+    assert "fine 1" in control.html
+    with pytest.raises(RuntimeError):  # an error in the grid of a page is the page's error
+        Control(view, n=[1, 2]).to_html()
+
+
+def test_progress_moves_the_bar():
+    control = Control(lambda n: control.progress(3, 8) or str(n), n=[1])
+    assert control.output == "1"
+    bar = control.widget.children[-2]
+    assert (bar.value, bar.max) == (3, 8)
+
+
+def test_results_are_kept():
+    calls = []
+    control = Control(lambda n: calls.append(n) or str(n), n=[1, 2])
+    control.to_html()
+    control.n = 2
+    assert control.output == "2" and calls == [1, 2]
+
+
+def test_live_and_page_come_from_one_display():
+    bundle = Control(said, layer=[1, 2], multiplier=[0.0])._repr_mimebundle_()
+    assert {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"} <= set(bundle)
+    assert bundle["text/plain"].startswith("Control(layer 1")
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    chromium()
+    if not EMBED.exists():
+        pytest.skip("nbs/widgets/embed.js is not there; scripts/docs build fetches it")
+    folder = tmp_path_factory.mktemp("page")
+    first = Control(said, layer=[1, 2, 3], multiplier=[-1.0, 0.0, 1.0], start={"layer": 2, "multiplier": 0.0})
+    second = Control(
+        lambda method, on, text: Html(f"<i>{method} {on}</i>"),
+        method=["mean", "PCA"],
+        on=[True, False],
+        text=Fixed("hm"),
+    )
+    long = Control(lambda n: "word " * 80 + "x" * 200 + str(n), n=[1, 2])
+    body = "".join(c.to_html() for c in (first, second, long, first))
+    script = f'<script src="{EMBED.as_uri()}"></script>'
+    page = folder / "page.html"
+    page.write_text(
+        f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>{body}{script}"
+    )
+    with browser() as launch:
+        yield launch, launch(), page.as_uri()
+
+
+def test_each_picker_changes_only_its_own_control(opened):
+    _, context, url = opened
+    w = Watched(context, "file:")
+    w.page.goto(url)
+    first, second, _, again = w.controls()
+    assert "layer 2 at +0" in w.shown(first)
+    assert "&lt;/script&gt;" in w.shown(first)
+    first.locator(".noUi-handle").nth(1).press("ArrowRight")
+    first.locator("text=layer 2 at +1").first.wait_for()
+    first.locator(".noUi-handle").nth(0).press("Home")
+    first.locator("text=layer 1 at +1").first.wait_for()
+    assert "layer 2 at +0" in w.shown(again)
+    assert "mean True" in w.shown(second)
+    second.get_by_role("button", name="PCA").click()
+    second.locator("text=PCA True").first.wait_for()
+    second.get_by_role("button", name="off").click()
+    second.locator("text=PCA False").first.wait_for()
+    assert not w.outside and not w.errors
+    w.page.close()
+
+
+def test_a_narrow_window_needs_no_sideways_scrolling(opened):
+    _, context, url = opened
+    w = Watched(context, "file:")
+    w.page.set_viewport_size({"width": 400, "height": 800})
+    w.page.goto(url)
+    w.controls()
+    assert w.page.evaluate("document.documentElement.scrollWidth") <= 400
+    w.page.close()
+
+
+def test_without_javascript_the_starting_cell_is_read(opened):
+    launch, _, url = opened
+    page = launch(java_script_enabled=False).new_page()
+    page.goto(url)
+    control = page.locator(".steer-control").first
+    assert control.locator(".steer-fallback").is_visible()
+    assert "layer 2 at +0" in control.inner_text() and "Computed for layer 1, 2, 3" in control.inner_text()
