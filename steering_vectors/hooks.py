@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Edit', 'Read', 'get_hidden', 'with_hidden', 'HookHandle', 'edit_output', 'read_output', 'by_token']
 
-# %% ../nbs/reference/hooks.ipynb #ee391ff0
+# %% ../nbs/reference/hooks.ipynb #79649a01
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# %% ../nbs/reference/hooks.ipynb #730befda
+# %% ../nbs/reference/hooks.ipynb #427b3c90
 def get_hidden(
     output: Any,  # what a module returned: a tensor, or a tuple, list or mapping whose first tensor is the hidden state
 ) -> Tensor:      # that tensor itself, not a copy
@@ -29,7 +29,7 @@ def get_hidden(
             return value
     raise TypeError(f"Expected a tensor, or a tuple, list or mapping that holds one; the module returned {type(output).__name__}.")
 
-# %% ../nbs/reference/hooks.ipynb #db40985f
+# %% ../nbs/reference/hooks.ipynb #25ed2f33
 def with_hidden(
     output: Any,     # what a module returned
     hidden: Tensor,  # the tensor to stand where the hidden state stood
@@ -44,7 +44,7 @@ def with_hidden(
     values = [*output[:at], hidden, *output[at + 1 :]]
     return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
 
-# %% ../nbs/reference/hooks.ipynb #5bc6e1be
+# %% ../nbs/reference/hooks.ipynb #45affbcc
 Edit = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor], None]
 
@@ -52,9 +52,13 @@ Read = Callable[[Tensor], None]
 class _Listeners:
     "Everything we do to one module's output: edits in order, then readers, behind one hook."
 
-    def __init__(self, module: nn.Module):
+    def __init__(self) -> None:
         self.edits: tuple[tuple[object, Edit], ...] = ()
         self.reads: tuple[tuple[object, Read], ...] = ()
+        self.hook: RemovableHandle | None = None
+
+    def listen(self, module: nn.Module) -> None:
+        "Put the one hook on `module`."
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:  # a plain function: copying a model copies no list
             edits, reads = self.edits, self.reads
@@ -65,32 +69,30 @@ class _Listeners:
                 read(new)
             return None if new is old else with_hidden(output, new)
 
-        self.hook: RemovableHandle = module.register_forward_hook(hook, prepend=True)
+        self.hook = module.register_forward_hook(hook, prepend=True)
 
 
 _listeners: "WeakKeyDictionary[nn.Module, _Listeners]" = WeakKeyDictionary()
 _lock = threading.RLock()
 
-# %% ../nbs/reference/hooks.ipynb #567b48e5
-class _Eager:
+# %% ../nbs/reference/hooks.ipynb #a37a9812
+class _Stance:
     "Compiled functions run uncompiled while at least one of our hooks is attached."
 
-    def __init__(self) -> None:
-        self.hooks = 0
-        self.stance: Any = None
+    held: Any = None
 
-    def add(self, n: int) -> None:
-        before, self.hooks = self.hooks, self.hooks + n
-        if before == 0 and self.hooks == 1:
-            self.stance = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
-        elif self.hooks == 0 and self.stance is not None:
-            self.stance.__exit__(None, None, None)
-            self.stance = None
+    def update(self) -> None:
+        "Turn the switch to where it belongs; calling this once too often changes nothing."
+        if _listeners and self.held is None:
+            self.held = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+        elif not _listeners and self.held is not None:
+            self.held.__exit__(None, None, None)
+            self.held = None
 
 
-_eager = _Eager()
+_stance = _Stance()
 
-# %% ../nbs/reference/hooks.ipynb #93609787
+# %% ../nbs/reference/hooks.ipynb #eab3103c
 class HookHandle:
     "One edit or reader on one module; `remove()` it, or use it as a context manager."
 
@@ -100,25 +102,33 @@ class HookHandle:
         fn: Edit | Read,                  # an edit returns the new tensor, a reader returns nothing
         kind: Literal["edits", "reads"],  # which of the two lists it joins
     ):
-        self.module, self.kind = module, kind
+        self.module, self.fn, self.kind = module, fn, kind
+
+    def attach(self) -> "HookHandle":
+        "Join the list of the module, as its last entry."
         with _lock:
-            entry = _listeners.get(module)
-            if entry is None:
-                entry = _listeners[module] = _Listeners(module)
-                _eager.add(1)
-            setattr(entry, kind, (*getattr(entry, kind), (self, fn)))
+            try:
+                entry = _listeners.setdefault(self.module, _Listeners())
+                if entry.hook is None:
+                    entry.listen(self.module)
+                setattr(entry, self.kind, (*getattr(entry, self.kind), (self, self.fn)))
+                _stance.update()
+            except BaseException:
+                self.remove()
+                raise
+        return self
 
     def remove(self) -> None:
         "Take this entry off its module. Doing it twice is allowed."
         with _lock:
             entry = _listeners.get(self.module)
-            if entry is None:
-                return
-            setattr(entry, self.kind, tuple(e for e in getattr(entry, self.kind) if e[0] is not self))
-            if not entry.edits and not entry.reads:
-                entry.hook.remove()
-                del _listeners[self.module]
-                _eager.add(-1)
+            if entry is not None:
+                setattr(entry, self.kind, tuple(e for e in getattr(entry, self.kind) if e[0] is not self))
+                if not entry.edits and not entry.reads:
+                    if entry.hook is not None:
+                        entry.hook.remove()
+                    del _listeners[self.module]
+            _stance.update()
 
     def __enter__(self) -> "HookHandle":
         return self
@@ -126,23 +136,23 @@ class HookHandle:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-# %% ../nbs/reference/hooks.ipynb #62e11a9e
+# %% ../nbs/reference/hooks.ipynb #68b4dcb7
 def edit_output(
     module: nn.Module,  # whose output to change
     edit: Edit,         # hidden state in, new hidden state out; must not write into its argument
 ) -> HookHandle:        # attached at once; remove it when done
     "From now on `edit` is applied to what `module` returns, after the edits that came before it."
-    return HookHandle(module, edit, "edits")
+    return HookHandle(module, edit, "edits").attach()
 
-# %% ../nbs/reference/hooks.ipynb #a1c1d2e1
+# %% ../nbs/reference/hooks.ipynb #1eca9cdd
 def read_output(
     module: nn.Module,  # whose output to look at
     read: Read,         # called with the hidden state, after every edit
 ) -> HookHandle:        # attached at once; remove it when done
     "Call `read` with what the module after `module` is going to see."
-    return HookHandle(module, read, "reads")
+    return HookHandle(module, read, "reads").attach()
 
-# %% ../nbs/reference/hooks.ipynb #c3d23274
+# %% ../nbs/reference/hooks.ipynb #ce74680b
 def by_token(
     hidden: Tensor,  # what a module returned, over b rows of s tokens, in one of the layouts that occur
     b: int,          # rows of the pass

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['record_activations']
 
-# %% ../nbs/reference/recording.ipynb #467d9c0d
+# %% ../nbs/reference/recording.ipynb #5c389a60
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from .hooks import read_output
+from .hooks import HookHandle
 from .layers import LayerType, ModelLayerConfig, resolve_layer_numbers, resolve_layers
 
-# %% ../nbs/reference/recording.ipynb #ed55fb3c
+# %% ../nbs/reference/recording.ipynb #6425fba2
 @contextmanager
 def record_activations(
     model: nn.Module,                              # any model whose layers can be found; not changed
@@ -32,7 +32,11 @@ def record_activations(
     def keep(n: int, h: Tensor) -> None:
         recorded[n].append(h.detach().clone() if clone_activations else h)
 
-    with ExitStack() as hooks:
-        for n in numbers:
-            hooks.enter_context(read_output(model.get_submodule(found[n]), lambda h, n=n: keep(n, h)))
+    hooks = [HookHandle(model.get_submodule(found[n]), lambda h, n=n: keep(n, h), "reads") for n in numbers]
+    try:
+        for hook in hooks:
+            hook.attach()
         yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()

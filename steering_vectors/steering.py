@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_multiplier', 'LayerEdit', 'SteeringPatchHandle', 'prepare_steering']
 
-# %% ../nbs/reference/steering.ipynb #e322ed6e
+# %% ../nbs/reference/steering.ipynb #e90384df
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooks import HookHandle, by_token, edit_output
+from .hooks import HookHandle, by_token
 from .layers import LayerType, ModelLayerConfig, resolve_layer_numbers, resolve_layers
 from .operators import PatchDeltaOperator, addition_operator
 from .positions import PassTracker
 from .tokens import Place, Prompt, Selection, Tokens, select
 
-# %% ../nbs/reference/steering.ipynb #b1f92fad
+# %% ../nbs/reference/steering.ipynb #1d3ead53
 def as_multiplier(
     multiplier: float | Sequence[float] | Tensor,  # a number, or one for each row of the batch
-) -> float | Tensor:                               # a number, or a float32 tensor of shape (b,) on the CPU
+) -> float | Tensor:                               # a number, or a float64 tensor of shape (b,) on the CPU
     "A checked multiplier."
     if isinstance(multiplier, bool):
         raise TypeError(f"multiplier must be a number, or one number a row; it is {multiplier!r}.")
@@ -35,9 +35,56 @@ def as_multiplier(
         raise ValueError(f"multiplier must be a number, or have shape (b,), one number a row; its shape is {tuple(m.shape)}.")
     if not bool(m.isfinite().all()):
         raise ValueError(f"multiplier must be finite; it is {multiplier}.")
-    return float(m) if m.ndim == 0 else m.float()
+    return float(m) if m.ndim == 0 else m
 
-# %% ../nbs/reference/steering.ipynb #cc3c8f07
+# %% ../nbs/reference/steering.ipynb #23b3029e
+class _Scaled:
+    "A vector times its multiplier, ready for an activation."
+
+    def __init__(self, vector: Tensor, wide: bool):
+        self.vector, self.wide = vector, wide  # wide: stay in float32 at least
+        self.kept: dict[Any, Tensor] = {}
+
+    def on(self, h: Tensor, multiplier: float | Tensor) -> Tensor:  # (1, 1, d), or (b, 1, d) for multipliers (b,)
+        "The product, where `h` is."
+        key = (h.device, h.dtype, multiplier if isinstance(multiplier, float) else len(multiplier))
+        kept = self.kept.get(key)
+        if kept is not None:
+            return kept
+        if self.vector.requires_grad:
+            return self._product(h, multiplier)
+        with torch.inference_mode(False):  # it may be used again where gradients are computed
+            self.kept[key] = self._product(h, multiplier)
+        return self.kept[key]
+
+    def _product(self, h: Tensor, multiplier: float | Tensor) -> Tensor:
+        least = torch.promote_types(h.dtype, torch.float32)
+        v = self.vector.to(h.device, torch.promote_types(self.vector.dtype, least))[None, None]
+        m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
+        return (m * v).to(least if self.wide else h.dtype)
+
+# %% ../nbs/reference/steering.ipynb #2d409a44
+def _for_rows(multipliers: Tensor, b: int) -> tuple[Tensor, Tensor | None]:
+    "The multipliers of `b` rows, (b,), and which of them are not zero, (b, 1); None if none is."
+    if b % len(multipliers):
+        raise ValueError(f"multiplier has {len(multipliers)} numbers, one a row, but the model was given {b} rows. Pass {b} numbers, or one for all.")
+    rows = multipliers.repeat_interleave(b // len(multipliers))
+    return rows, None if bool((rows != 0).all()) else (rows != 0)[:, None]
+
+# %% ../nbs/reference/steering.ipynb #6420dcf2
+def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
+    "What the operator answers, checked: (d,), or three dimensions that fit the activation."
+    change: Any = operator(h, vector)
+    shape = tuple(change.shape) if isinstance(change, Tensor) else type(change).__name__
+    fits = isinstance(change, Tensor) and change.ndim in (1, 3) and all(n in (1, m) for n, m in zip(shape[::-1], h.shape[::-1]))
+    if not fits or shape[-1] != h.shape[-1]:
+        raise ValueError(
+            f"The operator must return a change that can be added to the activation, of shape {tuple(h.shape)} or (1, 1, {h.shape[-1]}); "
+            f"{getattr(operator, '__name__', operator)} returned {shape}."
+        )
+    return change
+
+# %% ../nbs/reference/steering.ipynb #635733d6
 class LayerEdit:
     "The change of one layer's output: operator, vector, multiplier, and which tokens."
 
@@ -50,84 +97,63 @@ class LayerEdit:
         selection: Selection | None,      # which tokens; None for all
         tracker: PassTracker | None,      # knows where the pass stands; None if nobody needs to know
     ):
-        self.name, self.vector, self.operator, self.multiplier = name, vector, operator, multiplier
+        self.name, self.width, self.operator, self.multiplier = name, len(vector), operator, multiplier
         self.selection, self.tracker = selection, tracker
-        self.by_row: bool = getattr(operator, "by_row", False)
-        self.adds = operator == addition_operator()
-        self.ready: dict[Any, Tensor] = {}
-
-    def scaled(self, h: Tensor, multiplier: float | Tensor) -> Tensor:
-        "The vector times the multiplier on the activation's device: in its dtype, or in float32 for projections of our own."
-        dtype = h.dtype if self.adds or not self.by_row else torch.promote_types(h.dtype, torch.float32)
-        key = (h.device, dtype, multiplier if isinstance(multiplier, float) else len(multiplier))
-        if key not in self.ready:
-            v = self.vector.to(h.device, torch.promote_types(self.vector.dtype, torch.float32))
-            m = multiplier if isinstance(multiplier, float) else multiplier.to(h.device)[:, None, None]
-            scaled = (m * v).to(dtype)
-            scaled = scaled if scaled.ndim == 3 else scaled[None, None]
-            if scaled.requires_grad:
-                return scaled
-            self.ready[key] = scaled
-        return self.ready[key]
+        self.by_row: bool = getattr(operator, "by_row", False)  # broadcasts over rows, as our own operators do
+        adds = operator == addition_operator()
+        self.only_adds = adds and isinstance(multiplier, float)
+        self.scaled = _Scaled(vector, wide=self.by_row and not adds)
+        self.rows: dict[Any, tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, h: Tensor) -> Tensor:
-        if h.shape[-1] != len(self.vector):
-            raise ValueError(f"The vector has width {len(self.vector)}, but {self.name} returns width {h.shape[-1]}. Was it trained on another model?")
-        if self.tracker is None:
-            if self.adds and isinstance(self.multiplier, float):
-                return h + self.scaled(h, self.multiplier)
-            return self.changed(h if h.ndim == 3 else h.reshape(1, -1, h.shape[-1]), True).reshape(h.shape)
-        mask = self.tracker.mask(self.selection, h.device)
+        if h.shape[-1] != self.width:
+            raise ValueError(f"The vector has width {self.width}, but {self.name} returns width {h.shape[-1]}. Was it trained on another model?")
+        mask = self.tracker.mask(self.selection, h.device) if self.tracker is not None else True
         if mask is False:
             return h
-        if mask is True and self.adds and isinstance(self.multiplier, float):
-            return h + self.scaled(h, self.multiplier)
-        run = self.tracker.current()
-        rows, back = by_token(h, run.batch, run.length)
-        streams = rows.shape[1] // run.length
-        if isinstance(mask, Tensor) and streams > 1:
-            mask = mask.repeat_interleave(streams, 1)
-        return back(self.changed(rows, mask))
+        if mask is True and self.only_adds:
+            return h + self.scaled.on(h, self.multiplier)
+        return _by_token(self, h, mask)
 
-    def changed(self, h: Tensor, mask: bool | Tensor) -> Tensor:
-        "The new activations, (b, s, d), where only tokens under `mask` differ."
-        if isinstance(self.multiplier, float):
-            delta = self.delta(h, self.scaled(h, self.multiplier))
-        else:
-            delta, active = self.delta_by_row(h, self.for_rows(len(h)))
-            mask = mask if active is None else active if mask is True else mask & active
-        new = (h + delta).to(h.dtype)
-        return torch.where(mask[..., None], new, h) if isinstance(mask, Tensor) else new
+# %% ../nbs/reference/steering.ipynb #6a52494e
+def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
+    "The new activations, in the layout of `h`."
+    if edit.tracker is None:  # one multiplier, every token: rows and tokens need not be told apart
+        return _changed(edit, h if h.ndim == 3 else h.reshape(1, -1, h.shape[-1]), True).reshape(h.shape)
+    run = edit.tracker.current()
+    rows, back = by_token(h, run.batch, run.length)
+    streams = rows.shape[1] // run.length
+    if isinstance(mask, Tensor) and streams > 1:
+        mask = mask.repeat_interleave(streams, 1)
+    return back(_changed(edit, rows, mask))
 
-    def delta(self, h: Tensor, vector: Tensor) -> Tensor:
-        "What the operator answers, checked: (d,), or three dimensions that fit the activation."
-        change: Any = self.operator(h, vector)
-        shape = tuple(change.shape) if isinstance(change, Tensor) else type(change).__name__
-        fits = isinstance(change, Tensor) and change.ndim in (1, 3) and all(n in (1, m) for n, m in zip(shape[::-1], h.shape[::-1]))
-        if not fits or shape[-1] != h.shape[-1]:
-            raise ValueError(
-                f"The operator must return a change that can be added to the activation, of shape {tuple(h.shape)} or (1, 1, {h.shape[-1]}); "
-                f"{getattr(self.operator, '__name__', self.operator)} returned {shape}."
-            )
-        return change
 
-    def for_rows(self, b: int) -> Tensor:
-        "The multipliers of `b` rows: repeated where `generate` has repeated the rows."
-        m = torch.as_tensor(self.multiplier)
-        if b % len(m):
-            raise ValueError(f"multiplier has {len(m)} numbers, one a row, but the model was given {b} rows. Pass {b} numbers, or one for all.")
-        return m.repeat_interleave(b // len(m))
+def _changed(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
+    "The new activations, (b, s, d), where only tokens under `mask` differ."
+    if isinstance(edit.multiplier, float):
+        new = (h + _change(edit.operator, h, edit.scaled.on(h, edit.multiplier))).to(h.dtype)
+    else:
+        key = (len(h), h.device)
+        if key not in edit.rows:
+            rows, on = _for_rows(edit.multiplier, len(h))
+            edit.rows[key] = rows, None if on is None else on.to(h.device)
+        rows, on = edit.rows[key]
+        new = (h + _change_by_row(edit, h, rows)).to(h.dtype)
+        mask = mask if on is None else on if mask is True else mask & on
+    return torch.where(mask[..., None], new, h) if isinstance(mask, Tensor) else new
 
-    def delta_by_row(self, h: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor | None]:
-        "The change with a multiplier a row, and the rows (b, 1) where it counts, None for all."
-        on = multipliers != 0
-        active = None if bool(on.all()) else on.to(h.device, non_blocking=True)[:, None]
-        if self.by_row:
-            return self.delta(h, self.scaled(h, multipliers)), active
-        rows = [self.delta(row, self.scaled(row, m)).expand_as(row) if m else torch.zeros_like(row) for row, m in zip(h.split(1), multipliers.tolist())]
-        return torch.cat(rows), active
 
-# %% ../nbs/reference/steering.ipynb #d79e2f43
+def _change_by_row(edit: LayerEdit, h: Tensor, rows: Tensor) -> Tensor:
+    "The change with a multiplier a row: at once where the operator broadcasts, else row by row."
+    if edit.by_row:
+        return edit.operator(h, edit.scaled.on(h, rows))
+    parts = [
+        _change(edit.operator, row, edit.scaled.on(row, m)).expand_as(row) if m else torch.zeros_like(row)
+        for row, m in zip(h.split(1), rows.tolist())
+    ]
+    return torch.cat(parts)
+
+# %% ../nbs/reference/steering.ipynb #f4b2dfd7
 class SteeringPatchHandle:
     "Steering that has been checked and can be attached: a context manager, or `attach()` and `remove()`."
 
@@ -147,12 +173,14 @@ class SteeringPatchHandle:
         "Steer from now on, until `remove()`. Attaching twice is an error."
         if self.attached:
             raise ValueError("This handle is already attached. Call remove() first, or make another one with apply().")
-        self.attached = True
+        modules = {n: self.model.get_submodule(self.modules[n]) for n in self.edits}
+        self.hooks = [HookHandle(modules[n], edit, "edits") for n, edit in self.edits.items()]
         try:
             if self.tracker is not None and self.edits:
                 self.tracker.attach()
-            for n, edit in self.edits.items():
-                self.hooks.append(edit_output(self.model.get_submodule(self.modules[n]), edit))
+            for hook in self.hooks:
+                hook.attach()
+            self.attached = True
         except BaseException:
             self.remove()
             raise
@@ -160,6 +188,13 @@ class SteeringPatchHandle:
 
     def remove(self) -> None:
         "Steer no longer. Removing twice is allowed, and so is any order among several handles."
+        try:
+            self._remove()
+        except KeyboardInterrupt:  # pressed while removing: finish first
+            self._remove()
+            raise
+
+    def _remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
         if self.tracker is not None:
@@ -167,10 +202,14 @@ class SteeringPatchHandle:
         self.hooks, self.attached, self.depth = [], False, 0
 
     def __enter__(self) -> "SteeringPatchHandle":
-        if not self.attached:
-            self.attach()
-        self.depth += 1
-        return self
+        try:
+            if not self.attached:
+                self.attach()
+            self.depth += 1
+            return self
+        except KeyboardInterrupt:
+            self.remove()
+            raise
 
     def __exit__(self, *error: object) -> None:
         self.depth -= 1
@@ -183,7 +222,7 @@ class SteeringPatchHandle:
     def _repr_html_(self) -> str:
         return _as_html(self)
 
-# %% ../nbs/reference/steering.ipynb #755c99b0
+# %% ../nbs/reference/steering.ipynb #8a6d52e3
 AHEAD = 4  # generated columns shown in a picture
 
 
@@ -241,7 +280,7 @@ def _as_html(handle: SteeringPatchHandle) -> str:
         lines.append(f'<div>{"".join(spans[:bar])}<b> | </b>{"".join(spans[bar:])} …</div>')
     return "\n".join(lines)
 
-# %% ../nbs/reference/steering.ipynb #baff76b2
+# %% ../nbs/reference/steering.ipynb #45d3e24c
 def prepare_steering(
     model: nn.Module,                              # any model whose layers can be found
     vectors: Mapping[int, Tensor],                 # layer number to (d,); negative numbers count from the end
