@@ -38,6 +38,15 @@ def orphans() -> list[str]:
     return [f"steering_vectors/{name}.py is exported by no notebook" for name in sorted(modules - taught)]
 
 
+def unlisted() -> list[str]:
+    "Pages that the site's sidebar does not list, and pages it lists that are not there; those the top bar names."
+    listed = re.findall(r"[\w/]+\.ipynb", (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))
+    linked = re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    there = {str(p.relative_to(_pages.NBS)) for p in _pages.find()}
+    said = [f"nbs/{name} is not in nbs/sidebar.yml" for name in sorted(there - set(listed))]
+    return said + [f"{name} is listed for the site and is not there" for name in sorted({*listed, *linked} - there)]
+
+
 def shows(cell: dict) -> bool:
     "Does `cell` surely show something: does it print, or end on a value that is not the result of a call?"
     try:
@@ -80,6 +89,8 @@ if __name__ == "__main__":
     derive()
     after = snapshot()
     changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
-    problems = [f"{p} was out of date; it is rewritten: commit it" for p in changed] + orphans() + unstored()
+    problems = (
+        [f"{p} was out of date; it is rewritten: commit it" for p in changed] + orphans() + unlisted() + unstored()
+    )
     print("\n".join(problems), end="\n" if problems else "")
     sys.exit(1 if problems else 0)

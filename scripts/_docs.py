@@ -4,6 +4,7 @@ nbdev stages every page in _proc/; Quarto renders that when it is on PATH, else 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def shown(output: dict) -> str:
 
 def readme() -> str:
     "README.md as nbs/index.ipynb gives it."
-    os.environ["STEER_README"] = "1"  # links stay absolute: the file is read outside the site
+    os.environ["STEER_README"] = "1"  # links to the site stay absolute here; below they become links to the notebooks
     from execnb.nbio import read_nb
     from nbdev.config import get_config
     from nbdev.processors import FilterDefaults
@@ -63,7 +64,9 @@ def readme() -> str:
             if source and "echo: false" not in source:
                 parts.append(f"``` python\n{source}\n```")
             parts += filter(None, map(shown, cell.get("outputs", [])))
-    return "\n\n".join(parts) + "\n"
+    site = re.escape(config.doc_host + config.doc_baseurl.rstrip("/") + "/")
+    text = re.sub(rf"\]\({site}([\w/]+)\.html(#[^)]*)?\)", r"](nbs/\1.ipynb)", "\n\n".join(parts))
+    return text + "\n"
 
 
 if __name__ == "__main__":

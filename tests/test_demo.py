@@ -91,7 +91,7 @@ def test_weights_that_are_not_the_ones_meant(
     assert leftovers(home) == []
 
 
-@pytest.mark.parametrize("missing", ["gguf", "platformdirs"])
+@pytest.mark.parametrize("missing", ["gguf", "accelerate", "platformdirs"])
 def test_without_the_extra(missing: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing == "platformdirs":
         monkeypatch.delenv("STEERING_VECTORS_CACHE")
