@@ -7,7 +7,7 @@ __all__ = ['Steps', 'add_to_bias', 'project_out', 'evaluating', 'probe', 'last_m
            'with_biases', 'bias_switches', 'plain_copy', 'llama_config', 'steered', 'in_two_steps', 'check_equal',
            'check_request', 'bake', 'blueprint']
 
-# %% ../nbs/reference/baking.ipynb #9c71d523
+# %% ../nbs/reference/baking.ipynb #9e0663ec
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ from .steering import prepare_steering
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# %% ../nbs/reference/baking.ipynb #484fa959
+# %% ../nbs/reference/baking.ipynb #aeef6c2e
 def add_to_bias(
     module: nn.Module,  # with a bias, (d,)
     change: Tensor,  # (d,)
@@ -36,7 +36,7 @@ def add_to_bias(
     with torch.no_grad():
         bias.copy_((bias.double() + change.to(bias.device, torch.float64)).to(bias.dtype))
 
-# %% ../nbs/reference/baking.ipynb #a4cc9e2d
+# %% ../nbs/reference/baking.ipynb #4a2960fe
 def project_out(
     module: nn.Module,  # a linear map, its weight (d, inputs), or (inputs, d) in a `Conv1D`
     direction: Tensor,  # (d,)
@@ -52,7 +52,7 @@ def project_out(
             rest = part.double() - fraction * torch.tensordot(v, v @ part.double(), dims=0)
             part.copy_(rest.to(part.dtype))
 
-# %% ../nbs/reference/baking.ipynb #7dce9425
+# %% ../nbs/reference/baking.ipynb #22226b43
 @contextmanager
 def evaluating(
     model: nn.Module,  # in any mode
@@ -79,7 +79,7 @@ def probe(
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-# %% ../nbs/reference/baking.ipynb #e8fb0804
+# %% ../nbs/reference/baking.ipynb #6c1eec6f
 def last_maps(
     model: "PreTrainedModel",  # to watch
     names: Mapping[int, str],  # of the steered modules, by layer
@@ -102,7 +102,7 @@ def last_maps(
             hook.remove()
     return last
 
-# %% ../nbs/reference/baking.ipynb #191ed37b
+# %% ../nbs/reference/baking.ipynb #40cf455e
 def refuse_unbakeable(
     model: nn.Module,  # to be baked
     layer_type: str,  # the steered part of the block
@@ -125,7 +125,7 @@ def refuse_unbakeable(
                 f"{name} ({kind}), which is not a linear map{'' if ablating else ' and has no bias'}."
             )
 
-# %% ../nbs/reference/baking.ipynb #d3b793a3
+# %% ../nbs/reference/baking.ipynb #8612761e
 def has_biases(
     model_class: type["PreTrainedModel"],  # to be built
     config: "PreTrainedConfig",  # from this
@@ -159,7 +159,7 @@ def bias_switches(
     found = [(at, k, not v) for at, c in parts.items() for k, v in c.to_dict().items() if v is (k == "no_bias")]
     return [(at, key, value) for at, key, value in found if "bias" in key]
 
-# %% ../nbs/reference/baking.ipynb #20741265
+# %% ../nbs/reference/baking.ipynb #8609b569
 def plain_copy(
     model: "PreTrainedModel",  # not changed
     model_class: type["PreTrainedModel"],  # of the copy
@@ -183,7 +183,7 @@ def plain_copy(
     new.eval()
     return new
 
-# %% ../nbs/reference/baking.ipynb #c38971e2
+# %% ../nbs/reference/baking.ipynb #c3faf343
 def llama_config(
     config: "PreTrainedConfig",  # of a model that may be Llama in all but name
     biased: list[str],  # names of modules that need a bias
@@ -205,7 +205,7 @@ def llama_config(
         )
     return new
 
-# %% ../nbs/reference/baking.ipynb #3535cd8e
+# %% ../nbs/reference/baking.ipynb #f3676e23
 Steps = list[tuple[PatchDeltaOperator | None, float]]  # operators and multipliers, one after the other
 
 
@@ -235,7 +235,7 @@ def in_two_steps(
     m = float(multiplier != 0)
     return [(ablation_operator(2.0), m), (ablation_operator(2.0 - fraction), m)]
 
-# %% ../nbs/reference/baking.ipynb #fe71680c
+# %% ../nbs/reference/baking.ipynb #17c2bb0e
 def check_equal(
     baked: "PreTrainedModel",  # the copy
     model: "PreTrainedModel",  # what it was made of
@@ -259,7 +259,7 @@ def check_equal(
         )
     return error
 
-# %% ../nbs/reference/baking.ipynb #8f74f144
+# %% ../nbs/reference/baking.ipynb #77673e7a
 def check_request(
     model: nn.Module,  # to be baked
     operator: PatchDeltaOperator | None,  # what is to be done
@@ -285,7 +285,7 @@ def check_request(
         f"{operator!r} cannot be baked: weights can add the vector, or ablate it with ablation_operator()."
     )
 
-# %% ../nbs/reference/baking.ipynb #04c38832
+# %% ../nbs/reference/baking.ipynb #9fc05a18
 def bake(
     model: "PreTrainedModel",  # not changed
     layer_activations: Mapping[int, Tensor],  # each (d,)
@@ -312,7 +312,7 @@ def bake(
     check_equal(new, model, vectors, (layer_type, layer_config), operator, multiplier)
     return new
 
-# %% ../nbs/reference/baking.ipynb #7e110716
+# %% ../nbs/reference/baking.ipynb #f051077a
 def blueprint(
     model: "PreTrainedModel",  # to be copied
     biased: list[str],  # names of modules that need a bias
