@@ -1,6 +1,7 @@
 """Pages: which there are, running one in a kernel, and the bytes it would be stored as."""
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -82,6 +83,9 @@ def text(nb: dict[str, Any]) -> str:
     from execnb.nbio import dict2nb, nb2str
     from nbdev.clean import clean_nb
 
+    for n, cell in enumerate(nb["cells"]):  # a new cell is named after its text: the same page has the same names
+        same = sum(source(cell) == source(other) for other in nb["cells"][:n])
+        cell.setdefault("id", hashlib.sha256(f"{same} {source(cell)}".encode()).hexdigest()[:8])
     clean = dict2nb(nb)
     clean_nb(clean, allowed_cell_metadata_keys=["tags"])
     return str(nb2str(clean))

