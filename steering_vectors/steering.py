@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_multiplier', 'LayerEdit', 'SteeringPatchHandle', 'prepare_steering']
 
-# %% ../nbs/reference/steering.ipynb #e90384df
+# %% ../nbs/reference/steering.ipynb #fe93dca6
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -20,7 +20,7 @@ from .operators import PatchDeltaOperator, addition_operator
 from .positions import PassTracker
 from .tokens import Place, Prompt, Selection, Tokens, select
 
-# %% ../nbs/reference/steering.ipynb #1d3ead53
+# %% ../nbs/reference/steering.ipynb #50e481bf
 def as_multiplier(
     multiplier: float | Sequence[float] | Tensor,  # a number, or one for each row of the batch
 ) -> float | Tensor:                               # a number, or a float64 tensor of shape (b,) on the CPU
@@ -37,7 +37,7 @@ def as_multiplier(
         raise ValueError(f"multiplier must be finite; it is {multiplier}.")
     return float(m) if m.ndim == 0 else m
 
-# %% ../nbs/reference/steering.ipynb #23b3029e
+# %% ../nbs/reference/steering.ipynb #1d31776e
 class _Scaled:
     "A vector times its multiplier, ready for an activation."
 
@@ -63,7 +63,7 @@ class _Scaled:
         m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
         return (m * v).to(least if self.wide else h.dtype)
 
-# %% ../nbs/reference/steering.ipynb #2d409a44
+# %% ../nbs/reference/steering.ipynb #268eadf8
 def _for_rows(multipliers: Tensor, b: int) -> tuple[Tensor, Tensor | None]:
     "The multipliers of `b` rows, (b,), and which of them are not zero, (b, 1); None if none is."
     if b % len(multipliers):
@@ -71,7 +71,7 @@ def _for_rows(multipliers: Tensor, b: int) -> tuple[Tensor, Tensor | None]:
     rows = multipliers.repeat_interleave(b // len(multipliers))
     return rows, None if bool((rows != 0).all()) else (rows != 0)[:, None]
 
-# %% ../nbs/reference/steering.ipynb #6420dcf2
+# %% ../nbs/reference/steering.ipynb #08b6e9ff
 def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
     "What the operator answers, checked: (d,), or three dimensions that fit the activation."
     change: Any = operator(h, vector)
@@ -84,7 +84,7 @@ def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
         )
     return change
 
-# %% ../nbs/reference/steering.ipynb #635733d6
+# %% ../nbs/reference/steering.ipynb #432d68f4
 class LayerEdit:
     "The change of one layer's output: operator, vector, multiplier, and which tokens."
 
@@ -115,7 +115,7 @@ class LayerEdit:
             return h + self.scaled.on(h, self.multiplier)
         return _by_token(self, h, mask)
 
-# %% ../nbs/reference/steering.ipynb #6a52494e
+# %% ../nbs/reference/steering.ipynb #58a4ab39
 def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     "The new activations, in the layout of `h`."
     if edit.tracker is None:  # one multiplier, every token: rows and tokens need not be told apart
@@ -146,14 +146,15 @@ def _changed(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
 def _change_by_row(edit: LayerEdit, h: Tensor, rows: Tensor) -> Tensor:
     "The change with a multiplier a row: at once where the operator broadcasts, else row by row."
     if edit.by_row:
-        return edit.operator(h, edit.scaled.on(h, rows))
+        change: Tensor = edit.operator(h, edit.scaled.on(h, rows))
+        return change
     parts = [
         _change(edit.operator, row, edit.scaled.on(row, m)).expand_as(row) if m else torch.zeros_like(row)
         for row, m in zip(h.split(1), rows.tolist())
     ]
     return torch.cat(parts)
 
-# %% ../nbs/reference/steering.ipynb #f4b2dfd7
+# %% ../nbs/reference/steering.ipynb #399f2473
 class SteeringPatchHandle:
     "Steering that has been checked and can be attached: a context manager, or `attach()` and `remove()`."
 
@@ -222,7 +223,7 @@ class SteeringPatchHandle:
     def _repr_html_(self) -> str:
         return _as_html(self)
 
-# %% ../nbs/reference/steering.ipynb #8a6d52e3
+# %% ../nbs/reference/steering.ipynb #43b1abb2
 AHEAD = 4  # generated columns shown in a picture
 
 
@@ -280,7 +281,7 @@ def _as_html(handle: SteeringPatchHandle) -> str:
         lines.append(f'<div>{"".join(spans[:bar])}<b> | </b>{"".join(spans[bar:])} …</div>')
     return "\n".join(lines)
 
-# %% ../nbs/reference/steering.ipynb #45d3e24c
+# %% ../nbs/reference/steering.ipynb #1eb711e2
 def prepare_steering(
     model: nn.Module,                              # any model whose layers can be found
     vectors: Mapping[int, Tensor],                 # layer number to (d,); negative numbers count from the end
@@ -320,7 +321,7 @@ def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
     if not isinstance(v, Tensor) or v.ndim != 1 or not v.is_floating_point():
         what = f"shape {tuple(v.shape)} and dtype {v.dtype}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
         raise ValueError(f"The vector of layer {n} must be one row of floating-point numbers, shape (d,); it is {what}.")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None)
     if isinstance(width, int) and (len(v) % width or not len(v)):
