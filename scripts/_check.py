@@ -62,6 +62,27 @@ def shows(cell: dict) -> bool:
     return isinstance(value, ast.Name | ast.Subscript | ast.BinOp | ast.Compare | ast.JoinedStr | ast.List | ast.Dict)
 
 
+def mixed() -> list[str]:
+    "Cells that import and do something else too: making the site runs a page's imports, and nothing else of it."
+    said = []
+    for path in _pages.find():
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if (
+                cell["cell_type"] != "code"
+                or _pages.skipped(cell)
+                or {"export", "exporti"} & {*_pages.directives(cell)}
+            ):
+                continue
+            try:
+                body = ast.parse(_pages.source(cell)).body
+            except SyntaxError:
+                continue
+            imports = [n for b in body for n in ast.walk(b) if isinstance(n, ast.Import | ast.ImportFrom)]
+            if imports and len(imports) < len(body):
+                said.append(f"{path.relative_to(ROOT)}: {ast.unparse(imports[0])!r} shares its cell with other code")
+    return said
+
+
 def unstored() -> list[str]:
     "Pages and cells that lack the outputs they would show, and stored outputs that are errors or progress bars."
     said = []
@@ -90,7 +111,11 @@ if __name__ == "__main__":
     after = snapshot()
     changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
     problems = (
-        [f"{p} was out of date; it is rewritten: commit it" for p in changed] + orphans() + unlisted() + unstored()
+        [f"{p} was out of date; it is rewritten: commit it" for p in changed]
+        + orphans()
+        + unlisted()
+        + mixed()
+        + unstored()
     )
     print("\n".join(problems), end="\n" if problems else "")
     sys.exit(1 if problems else 0)

@@ -3,6 +3,7 @@
 nbdev stages every page in _proc/; Quarto renders that when it is on PATH, else smalldocs, which reads the same settings.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -14,6 +15,24 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Generated from nbs/index.ipynb: edit the notebook, then `scripts/docs readme`. -->"
 
 
+def import_for_types() -> None:
+    "Let `show_doc` resolve annotations: what a page imports only for type checkers is imported while it is staged."
+    from nbdev.processors import exec_show_docs
+
+    begin = exec_show_docs.begin
+
+    def begin_with_types(self: exec_show_docs) -> None:
+        begin(self)
+        for cell in self.nb.cells if hasattr(self, "k") else []:
+            if cell.cell_type != "code" or "if TYPE_CHECKING:" not in cell.source:
+                continue
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                    self.k.run_cell(ast.unparse(node.body))
+
+    exec_show_docs.begin = begin_with_types
+
+
 def build() -> None:
     "Stage the pages, then render them."
     import nbdev.doclinks
@@ -22,10 +41,11 @@ def build() -> None:
     from nbdev.serve import proc_nbs
 
     config = get_config()
+    import_for_types()
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     nbdev_sidebar.__wrapped__()
-    stage = proc_nbs(config.nbs_path, n_workers=os.cpu_count(), force=True)
+    stage = proc_nbs(config.nbs_path, n_workers=0, force=True)  # in this process: torch is imported once
     if shutil.which("quarto"):
         subprocess.run(["quarto", "render", "--no-cache"], cwd=stage, check=True)
     else:
