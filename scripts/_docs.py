@@ -46,13 +46,26 @@ def build() -> None:
     nbdev.doclinks._build_modidx()
     nbdev_sidebar.__wrapped__()
     stage = proc_nbs(config.nbs_path, n_workers=0, force=True)  # in this process: torch is imported once
+    problems: list[str] = []
     if shutil.which("quarto"):
         subprocess.run(["quarto", "render", "--no-cache"], cwd=stage, check=True)
     else:
-        subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(stage)], check=True)
+        problems = smalldocs(stage)
     shutil.rmtree(config.doc_path, ignore_errors=True)
     shutil.move(stage / config.doc_path.name, config.doc_path)
-    print(f"The site is in {config.doc_path.relative_to(ROOT)}/")
+    print("\n".join([*problems, f"The site is in {config.doc_path.relative_to(ROOT)}/"]))
+    if problems:
+        sys.exit("Some links lead nowhere.")
+
+
+def smalldocs(stage: Path) -> list[str]:
+    "Render the staged pages in pure Python; return the links that lead nowhere."
+    command = [sys.executable, "-m", "smalldocs.cli", "render", str(stage)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = [line for line in done.stdout.splitlines() if "output-file is not read" not in line]
+    if done.returncode:
+        sys.exit("\n".join(said))
+    return [line for line in said if "broken link" in line]
 
 
 def shown(output: dict) -> str:
