@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Edit', 'Read', 'get_hidden', 'with_hidden', 'HookHandle', 'edit_output', 'read_output', 'by_token']
 
-# %% ../nbs/reference/hooks.ipynb #79649a01
+# %% ../nbs/reference/hooks.ipynb #23783b32
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# %% ../nbs/reference/hooks.ipynb #427b3c90
+# %% ../nbs/reference/hooks.ipynb #198f6bc9
 def get_hidden(
     output: Any,  # what a module returned: a tensor, or a tuple, list or mapping whose first tensor is the hidden state
 ) -> Tensor:      # that tensor itself, not a copy
@@ -29,7 +29,7 @@ def get_hidden(
             return value
     raise TypeError(f"Expected a tensor, or a tuple, list or mapping that holds one; the module returned {type(output).__name__}.")
 
-# %% ../nbs/reference/hooks.ipynb #25ed2f33
+# %% ../nbs/reference/hooks.ipynb #b81cb86b
 def with_hidden(
     output: Any,     # what a module returned
     hidden: Tensor,  # the tensor to stand where the hidden state stood
@@ -44,7 +44,7 @@ def with_hidden(
     values = [*output[:at], hidden, *output[at + 1 :]]
     return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
 
-# %% ../nbs/reference/hooks.ipynb #45affbcc
+# %% ../nbs/reference/hooks.ipynb #1c36ecc6
 Edit = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor], None]
 
@@ -75,7 +75,7 @@ class _Listeners:
 _listeners: "WeakKeyDictionary[nn.Module, _Listeners]" = WeakKeyDictionary()
 _lock = threading.RLock()
 
-# %% ../nbs/reference/hooks.ipynb #a37a9812
+# %% ../nbs/reference/hooks.ipynb #4ad23217
 class _Stance:
     "Compiled functions run uncompiled while at least one of our hooks is attached."
 
@@ -84,7 +84,7 @@ class _Stance:
     def update(self) -> None:
         "Turn the switch to where it belongs; calling this once too often changes nothing."
         if _listeners and self.held is None:
-            self.held = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+            self.held = torch.compiler.set_stance("force_eager")
         elif not _listeners and self.held is not None:
             self.held.__exit__(None, None, None)
             self.held = None
@@ -92,7 +92,7 @@ class _Stance:
 
 _stance = _Stance()
 
-# %% ../nbs/reference/hooks.ipynb #eab3103c
+# %% ../nbs/reference/hooks.ipynb #91dc92e2
 class HookHandle:
     "One edit or reader on one module; `remove()` it, or use it as a context manager."
 
@@ -136,7 +136,7 @@ class HookHandle:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-# %% ../nbs/reference/hooks.ipynb #68b4dcb7
+# %% ../nbs/reference/hooks.ipynb #b0991cdb
 def edit_output(
     module: nn.Module,  # whose output to change
     edit: Edit,         # hidden state in, new hidden state out; must not write into its argument
@@ -144,7 +144,7 @@ def edit_output(
     "From now on `edit` is applied to what `module` returns, after the edits that came before it."
     return HookHandle(module, edit, "edits").attach()
 
-# %% ../nbs/reference/hooks.ipynb #1eca9cdd
+# %% ../nbs/reference/hooks.ipynb #ad29ced4
 def read_output(
     module: nn.Module,  # whose output to look at
     read: Read,         # called with the hidden state, after every edit
@@ -152,7 +152,7 @@ def read_output(
     "Call `read` with what the module after `module` is going to see."
     return HookHandle(module, read, "reads").attach()
 
-# %% ../nbs/reference/hooks.ipynb #ce74680b
+# %% ../nbs/reference/hooks.ipynb #8ce03a6b
 def by_token(
     hidden: Tensor,  # what a module returned, over b rows of s tokens, in one of the layouts that occur
     b: int,          # rows of the pass

@@ -124,7 +124,7 @@ def activation(model: nn.Module, ids: Tensor, name: str, read: int = -1) -> Tens
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         h = output[0] if isinstance(output, tuple) else output
-        kept.append(h.detach().reshape(-1, h.shape[-1])[read])
+        kept.append(h.detach().reshape(-1, h.shape[-1])[read].clone())  # Falcon adds to it in place, later
 
     handle = model.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad():
