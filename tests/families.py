@@ -1,7 +1,6 @@
 """Every text family of the installed transformers, built tiny from its own config: three layers, width 32, random weights."""
 
 import contextlib
-import functools
 import io
 import json
 import logging
@@ -17,10 +16,12 @@ CAUSAL = dict(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 IMAGE_TEXT = dict(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 # What each number of a config becomes; a name that is not here keeps its default.
-WIDTH = "hidden_size d_model n_embd dim word_embed_proj_dim embed_dim emb_dim embedding_size lru_width output_dim out_hidden_size \
+WIDTH = (
+    "hidden_size d_model n_embd dim word_embed_proj_dim embed_dim emb_dim embedding_size lru_width output_dim out_hidden_size \
   projection_dim embedding_dim backbone_hidden_size text_hidden_size projector_hidden_size attention_hidden_size hidden_dim \
   vision_output_dim decoder_hidden_size input_embedding_size output_embedding_size hidden_size_global encoder_hidden_size \
   vision_hidden_size image_text_hidden_size projection_hidden_size shared_experts_intermediate_size emb_size latent_dim"
+)
 INNER = "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner dim_ff dff n_inner ffn_hidden_size \
   shared_intermediate_size shared_expert_intermediate_size intermediate_size_mlp feed_forward_size mlp_dim dense_intermediate_size \
   expert_ffn_hidden_size moe_intermediate_size moe_shared_expert_intermediate_size projection_intermediate_size \
@@ -37,8 +38,10 @@ HEAD_WIDTH = "head_dim d_kv dim_head swa_head_dim qk_rope_head_dim qk_nope_head_
   rotary_dim mamba_headdim mamba_head_dim mamba_d_head head_dim_global attention_head_dim"
 EXPERTS = "num_experts num_local_experts n_routed_experts moe_num_experts"
 CHOSEN = "num_experts_per_tok moe_topk moe_top_k moe_k num_experts_per_token top_k"
-ONE = "n_group topk_group num_expert_group first_k_dense_replace n_shared_experts num_shared_experts moe_num_shared_experts \
+ONE = (
+    "n_group topk_group num_expert_group first_k_dense_replace n_shared_experts num_shared_experts moe_num_shared_experts \
   num_dense_layers num_nextn_predict_layers n_groups mamba_n_groups mamba_ngroups num_limited_groups"
+)
 
 SMALL: dict[str, int] = {
     **dict.fromkeys(WIDTH.split(), 32),
@@ -76,7 +79,12 @@ def tiny_kwargs(default: PreTrainedConfig) -> dict[str, Any]:
     small |= _per_layer(default, have)
     for key, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):
-            small[key] = type(value)(**tiny_kwargs(value))
+            inner = tiny_kwargs(value)
+            lists = any(isinstance(entry, list) and len(entry) == 3 for entry in inner.values())
+            # Longer than the text stack, so that the longest list is the wrong one.
+            if ("vision" in key or "audio" in key) and not lists:
+                inner |= {name: 5 for name in LAYERS.split() if inner.get(name) == 3}
+            small[key] = type(value)(**inner)
     return small | MORE.get(default.model_type, {})
 
 
@@ -97,12 +105,14 @@ def _per_layer(default: PreTrainedConfig, have: dict[str, Any]) -> dict[str, Any
         chosen = sorted({*chosen, n})
     cut: dict[str, Any] = {key: [values[n] for n in chosen] for key, values in lists.items()}
     cut |= {key: list(range(len(chosen))) for key in indices}
-    name = next((k for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in have), "num_hidden_layers")
+    name = next(
+        (k for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in have), "num_hidden_layers"
+    )
     return cut | {name: len(chosen)}
 
 
 # Arguments that a family needs besides.
-THREE = {"num_hidden_layers": 3}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_d_head": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
@@ -117,8 +127,15 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"backbone_hidden_size": 32},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
-                       "indexer_compress_ratio": 2, "hc_lowrank": 8, "ple_layer_ids": []},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 8,
+        "ple_layer_ids": [],
+    },
     "xlstm": {"hidden_size": 128, "num_heads": 4, "embedding_dim": 128, "num_blocks": 3},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"num_kv_shared_layers": 0, "global_head_dim": 8},
@@ -133,8 +150,36 @@ MORE: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 32, "kv_channels": 8, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
+    # image and text
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "cosmos3_edge_text": {"rope_parameters": ROPE},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": ROPE},
+    "glm4v_text": {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}},
+    "glm4v_moe_text": {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}},
+    "glm_ocr_text": {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}},
+    "molmo2_adapter": {"vision_feature_layer": [2, 1]},
+    "radio": {"video_temporal_patch_size": 2},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "paddleocr_vl_text": {"rope_parameters": ROPE},
+    "qwen2_vl_text": {"rope_parameters": ROPE},
+    "qwen2_5_vl_text": {"rope_parameters": ROPE},
+    "qwen2_5_omni_text": {"rope_parameters": ROPE},
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_headdim": 32,
+        "kv_channels": 8,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
     "xmod": {"default_language": "en_XX"},
 }
 
@@ -145,6 +190,37 @@ CANNOT: dict[str, str] = {
     "gemma4_assistant": "a draft model that reads the cache of the model it drafts for, and cannot run alone",
     "gemma4_unified_assistant": "a draft model that reads the cache of the model it drafts for, and cannot run alone",
 }
+
+
+# What transformers itself, or the family, makes impossible.
+FLOAT32 = {  # no float64
+    "inkling2_text": "its router computes in float32 only",
+    "xglm": "its mask overflows in float64",
+    "xlnet": "its masks are float32",
+}
+# In float64 their masks of padding become NaN.
+PADDED_FLOAT32 = "bloom gemma2 granite_swa granitemoe_swa mpt vaultgemma".split()
+ONE_ROW = {"rwkv": "its cached steps mix the rows of a batch"}
+NO_CACHE = {"blt": "its config has no num_hidden_layers, which transformers' cache asks for"}
+NOT_TEXT = dict.fromkeys(
+    ["musicgen", "musicgen_melody"], "writes audio codes: its `generate` lays the codebooks out in a pattern of its own"
+)
+REFUSED = {  # single tokens cannot be told in what a block returns: a clear error, never a guess
+    "cpmant": "32 learned columns stand before the text",
+    "prophetnet": "the streams of future tokens stand behind the text's, as if they were more of it",
+    "xlnet": "the sequence comes first, then the batch",
+}
+CANNOT_IMAGE = {
+    "diffusion_gemma": "its tiny config is refused by its own experts",
+    "fast_vlm": "needs timm",
+    "gemma3n": "needs timm",
+    "glmga": "the class of glm46v under another config",
+    "granite4_vision": "needs a map of vision layers that fits its window",
+    "perception_lm": "needs timm",
+    "pp_chart2table": "the class of got_ocr2 under another config",
+    "shieldgemma2": "the class of gemma3 under another config",
+}
+AMBIGUOUS = {"pi0": "a text model and an action model side by side, and no word of which is the decoder"}
 
 
 @contextlib.contextmanager
@@ -178,7 +254,16 @@ def build(model_type: str, mapping: dict[str, str] | None = None) -> PreTrainedM
             config.is_decoder = True
         config._experts_implementation = "eager"  # the grouped kernel knows no float64
         torch.manual_seed(0)
-        return model_class(config).eval()
+        model: PreTrainedModel = model_class(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():  # a part whose weights are all zero would hide what happens before it
+            if weight.ndim > 1 and not weight.any():
+                weight.normal_(std=0.1)
+    made = getattr(model, "generation_config", None)
+    if made is not None:
+        made.forced_eos_token_id = made.forced_bos_token_id = None
+        made.pad_token_id = 0
+    return model
 
 
 def describe(found: Any) -> dict[str, Any]:
@@ -196,12 +281,20 @@ def describe(found: Any) -> dict[str, Any]:
 LIST = Path(__file__).with_name("families.json")
 
 
-def listed() -> dict[str, Any]:
+def listed(mapping: str = "causal") -> dict[str, Any]:
     "The families that build, and the parts of their blocks, as committed."
-    return json.loads(LIST.read_text()) if LIST.exists() else {}
+    return json.loads(LIST.read_text())[mapping] if LIST.exists() else {}
 
 
-if __name__ == "__main__":  # write the list anew; read the difference before you commit it
+def write_list() -> None:
+    "Write the list anew. Read the difference before you commit it."
     from steering_vectors import find_layers
 
-    LIST.write_text(json.dumps({name: describe(find_layers(build(name))) for name in sorted(CAUSAL) if name not in CANNOT}, indent=1) + "\n")
+    causal = {name: describe(find_layers(build(name))) for name in sorted(CAUSAL) if name not in CANNOT}
+    skip = {*CANNOT_IMAGE, *AMBIGUOUS}
+    image = {n: describe(find_layers(build(n, IMAGE_TEXT))) for n in sorted(IMAGE_TEXT) if n not in skip}
+    LIST.write_text(json.dumps({"causal": causal, "image_text": image}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_list()

@@ -4,7 +4,8 @@ The law: steered with a cache equals steered without one, token by token. Both s
 which use no cache and hooks of their own, on logits of every step in float64.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,9 @@ from steering_vectors.demo import tiny_tokenizer
 from steering_vectors.layers import LAYER_TYPES, block_holder
 from steering_vectors.tokens import Tokens
 
-CHECKS = ["found", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "steered", "trained", "cached", "padded"]
+CHECKS = ["found", *LAYER_TYPES[1:], "steered", "trained", "cached", "padded"]
 MARKS: dict[str, dict[str, str]] = {}
+IMAGE_MARKS: dict[str, str] = {}
 STEPS = 3
 LISTED = families.listed()
 
@@ -32,11 +34,13 @@ def family(request: pytest.FixtureRequest) -> Iterator[Any]:
     MARKS[name] = {}
     if name in families.CANNOT:
         pytest.skip(families.CANNOT[name])
-    model = families.build(name).double()
-    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
+    dtype = torch.float32 if name in families.FLOAT32 else torch.float64
+    model = families.build(name).to(dtype)
+    rows = 1 if name in families.ONE_ROW else 2
+    ids = torch.randint(3, 90, (rows, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    yield SimpleNamespace(name=name, model=model, ids=ids, mask=mask, found=find_layers(model))
+    yield SimpleNamespace(name=name, model=model, ids=ids, mask=mask, found=find_layers(model), dtype=dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +53,8 @@ def mark(request: pytest.FixtureRequest) -> Iterator[None]:
     check = request.node.callspec.params.get("layer_type") or request.node.originalname.removeprefix("test_")
     marks = MARKS[family.name]
     marks[check] = "FAILED"
-    before = len(marks)
     request.node.mark_as = lambda text: marks.__setitem__(check, text)
     yield
-    del before
 
 
 def ok(request: pytest.FixtureRequest, text: str = "ok") -> None:
@@ -74,38 +76,50 @@ def put_back(output: Any, h: Tensor) -> Any:
 
 def added(h: Tensor, v: Tensor, columns: Tensor) -> Tensor:
     "`h` with `v` added where `columns`, a bool (b, s), says so, whatever the layout of streams."
-    h, (b, s) = h.clone(), columns.shape
-    if h.shape[:2] == (b, s):
-        h[columns] += v
-    elif h.ndim == 4 and h.shape[1:3] == (b, s):
-        h[:, columns] += v
+    h, b = h.clone(), columns.shape[0]
+    if h.ndim == 4 and h.shape[1] == b and h.shape[0] != b:  # streams come first
+        h[:, columns[:, : h.shape[2]]] += v
     else:
-        raise AssertionError(f"a layout that this test does not know: {tuple(h.shape)}")
+        assert h.shape[0] == b, f"a layout that this test does not know: {tuple(h.shape)}"
+        h[columns[:, : h.shape[1]]] += v
     return h
 
 
-def width(model: nn.Module, name: str, ids: Tensor) -> int:
-    "The width of what a module returns."
-    seen: list[int] = []
-    hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(first_tensor(out).shape[-1]))
+def vector(family: Any, name: str) -> Tensor:
+    "A random direction as wide as what a module returns."
+    n = width(family.model, name, family.ids)
+    return torch.randn(n, generator=torch.Generator().manual_seed(2), dtype=family.dtype)
+
+
+def read_by_hand(model: nn.Module, name: str, ids: Tensor) -> Tensor:
+    "What a module returns first in one pass."
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(first_tensor(out).detach()))
     logits(model, ids)
     hook.remove()
     return seen[0]
 
 
+def width(model: nn.Module, name: str, ids: Tensor) -> int:
+    "The width of what a module returns."
+    return read_by_hand(model, name, ids).shape[-1]
+
+
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     with quiet():
-        return model(input_ids=ids, use_cache=False).logits if takes(model, "use_cache") else model(input_ids=ids).logits
+        return (
+            model(input_ids=ids, use_cache=False).logits if takes(model, "use_cache") else model(input_ids=ids).logits
+        )
 
 
 def takes(model: nn.Module, name: str) -> bool:
-    import inspect
-
     return name in inspect.signature(model.forward).parameters
 
 
-def generate(model: nn.Module, ids: Tensor, mask: Tensor, steps: int = STEPS, use_cache: bool = True) -> tuple[Tensor, Tensor]:
+def generate(
+    model: nn.Module, ids: Tensor, mask: Tensor, steps: int = STEPS, use_cache: bool = True
+) -> tuple[Tensor, Tensor]:
     "Greedy tokens (b, s + steps) and the logits of every step (b, steps, vocabulary)."
     with quiet(), torch.no_grad():
         out = model.generate(
@@ -115,22 +129,17 @@ def generate(model: nn.Module, ids: Tensor, mask: Tensor, steps: int = STEPS, us
     return out.sequences, torch.stack(list(out.logits), 1)
 
 
-def by_hand(model: nn.Module, name: str, v: Tensor | None, ids: Tensor, mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def by_hand(
+    model: nn.Module, name: str, v: Tensor | None, ids: Tensor, mask: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor]:
     "The same without a cache: every step reads everything again, and a hook of our own adds `v` at `columns` (b, all)."
     every: list[Tensor] = []
     for _ in range(STEPS):
-        here = columns[:, : ids.shape[1]]
-        hooks = []
-        if v is not None:
-            def hook(module: nn.Module, args: Any, out: Any, here: Tensor = here) -> Any:
-                return put_back(out, added(first_tensor(out), v, here))
-
-            hooks = [model.get_submodule(name).register_forward_hook(hook)]
-        try:
-            ids, step = generate(model, ids, mask, 1, use_cache=False)
-        finally:
-            for h in hooks:
-                h.remove()
+        hook = model.get_submodule(name).register_forward_hook(
+            lambda module, args, out: None if v is None else put_back(out, added(first_tensor(out), v, columns))
+        )
+        ids, step = generate(model, ids, mask, 1, use_cache=False)
+        hook.remove()
         every.append(step)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return ids, torch.cat(every, 1)
@@ -139,17 +148,19 @@ def by_hand(model: nn.Module, name: str, v: Tensor | None, ids: Tensor, mask: Te
 def compare(family: Any, columns: Tensor, ids: Tensor, mask: Tensor, **where: Any) -> None:
     "Steered with a cache against steered by hand without one; what the cache itself changes is measured without steering."
     model, name = family.model, family.found["decoder_block"][1]
-    v = torch.randn(width(model, name, family.ids), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    plain = generate(model, ids, mask)
+    v, cache = vector(family, name), family.name not in families.NO_CACHE
+    plain = generate(model, ids, mask, use_cache=cache)
     bare = by_hand(model, name, None, ids, mask, columns)
     noise = float((plain[1] - bare[1]).abs().max())
     wanted = by_hand(model, name, v, ids, mask, columns)
     with SteeringVector({1: v}).apply(model, **where):
-        steered = generate(model, ids, mask)
+        steered = generate(model, ids, mask, use_cache=cache)
     error, effect = float((steered[1] - wanted[1]).abs().max()), float((wanted[1] - bare[1]).abs().max())
-    assert torch.equal(steered[0], wanted[0])
-    assert error <= 1e-9 + 4 * noise, f"error {error:.1e}, effect {effect:.1e}, the cache alone {noise:.1e}"
-    assert effect > 1e-6 + 20 * error, f"steering did nothing: {effect:.1e}"
+    said = f"error {error:.1e}, effect {effect:.1e}, the cache alone {noise:.1e}"
+    least = 1e-4 if family.model.dtype == torch.float32 else 1e-7
+    assert torch.equal(steered[0], wanted[0]), said
+    assert error <= least + 4 * noise, said
+    assert effect > 100 * (error + noise), said
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
@@ -200,17 +211,18 @@ def test_part(family: Any, layer_type: str, request: pytest.FixtureRequest) -> N
             assert run.index((layer_type, "out")) < mlp
             assert attention is None or run.index(("self_attn", "in")) < run.index((layer_type, "in"))
     n, name = next(iter(names.items()))
-    v = torch.randn(width(model, name, family.ids), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    v = vector(family, name)
     with SteeringVector({n: v}, layer_type).apply(model):
         assert not torch.allclose(logits(model, family.ids), plain, rtol=0, atol=1e-7)
     assert torch.equal(logits(model, family.ids), plain)
-    ok(request, "ok" if len(names) == len(family.found["decoder_block"]) else f"{len(names)}/{len(family.found['decoder_block'])}")
+    total = len(family.found["decoder_block"])
+    ok(request, "ok" if len(names) == total else f"{len(names)}/{total}")
 
 
 def test_steered(family: Any, request: pytest.FixtureRequest) -> None:
     "One block steered: the logits are those of a hook written by hand, and different from before."
     model, name = family.model, family.found["decoder_block"][1]
-    v = torch.randn(width(model, name, family.ids), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    v = vector(family, name)
     plain = logits(model, family.ids)
     hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: put_back(out, first_tensor(out) + v))
     wanted = logits(model, family.ids)
@@ -226,6 +238,10 @@ def test_steered(family: Any, request: pytest.FixtureRequest) -> None:
 def test_trained(family: Any, request: pytest.FixtureRequest) -> None:
     "A batch of texts of several lengths trains the vector that one text at a time does, and that our own hook reads."
     model, found, tokenizer = family.model, family.found, tiny_tokenizer()
+    if family.name in families.REFUSED:
+        with pytest.raises(ValueError, match="Cannot find"), quiet():
+            train_steering_vector(model, tokenizer, [("I am glad", "I am sad")])
+        return ok(request, "refused")
     pairs = [("I am glad", "I am sad"), ("what a day it is", "no"), ("yes, it is so", "never in my life")]
     with quiet():
         one = train_steering_vector(model, tokenizer, pairs, batch_size=1)
@@ -236,11 +252,7 @@ def test_trained(family: Any, request: pytest.FixtureRequest) -> None:
         for pair in pairs:
             for sign, text in zip((1, -1), pair, strict=True):
                 ids = tokenizer(text, return_tensors="pt").input_ids
-                seen: list[Tensor] = []
-                hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(first_tensor(out).detach()))
-                logits(model, ids)
-                hook.remove()
-                h = seen[-1]
+                h = read_by_hand(model, name, ids)
                 h = h.mean(0) if h.ndim == 4 and h.shape[1:3] == ids.shape else h.mean(2) if h.ndim == 4 else h
                 total.append(sign * h[0, -1])
         wanted[n] = torch.stack(total).sum(0) / len(pairs)
@@ -249,27 +261,72 @@ def test_trained(family: Any, request: pytest.FixtureRequest) -> None:
         for vector in (one, many):
             got = vector.layer_activations[n]
             assert got.shape == v.shape
-            assert float((got - v).norm()) <= 1e-4 * float(v.norm()), f"layer {n}: {float((got - v).norm() / v.norm()):.1e}"
+            error = float((got - v).norm() / v.norm())
+            assert error <= 1e-4, f"layer {n}: {error:.1e}"
     ok(request)
 
 
 def test_cached(family: Any, request: pytest.FixtureRequest) -> None:
     "The law, for `min_token_index`: a column in the prompt and all after it, generated ones included."
     ids = family.ids
-    columns = (torch.arange(ids.shape[1] + STEPS) >= 4).expand(2, -1)
-    compare(family, columns, ids, torch.ones_like(ids), min_token_index=4)
-    ok(request)
+    columns = (torch.arange(ids.shape[1] + STEPS + 1) >= 4).expand(len(ids), -1)
+    refused_or(family, request, lambda: compare(family, columns, ids, torch.ones_like(ids), min_token_index=4))
+
+
+def refused_or(family: Any, request: pytest.FixtureRequest, check: Callable[[], None]) -> None:
+    "A family in whose blocks single tokens cannot be told must say so, with nothing left behind; the others must hold."
+    if family.name in families.NOT_TEXT:
+        ok(request, "not text")
+        pytest.skip(families.NOT_TEXT[family.name])
+    if family.name not in families.REFUSED:
+        check()
+        return ok(request)
+    name = family.found["decoder_block"][1]
+    plain = logits(family.model, family.ids)
+    with SteeringVector({1: vector(family, name)}).apply(family.model, min_token_index=4):
+        with pytest.raises(ValueError, match="Cannot find"):
+            logits(family.model, family.ids)
+    assert torch.equal(logits(family.model, family.ids), plain)
+    ok(request, "refused")
 
 
 def test_padded(family: Any, request: pytest.FixtureRequest) -> None:
     "The law, for a batch padded on the left: each row's own second token and everything generated."
     ids, mask = family.ids * family.mask, family.mask
-    columns = torch.zeros(2, ids.shape[1] + STEPS, dtype=torch.bool)
-    columns[0, 3] = columns[1, 1] = True
+    columns = torch.zeros(len(ids), ids.shape[1] + STEPS + 1, dtype=torch.bool)
+    columns[0, 3] = columns[1:, 1] = True
     columns[:, ids.shape[1] :] = True
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    compare(family, columns, ids, mask, tokens=Tokens.prompt[1:2] | Tokens.generated, prompt=inputs)
-    ok(request)
+    where = {"tokens": Tokens.prompt[1:2] | Tokens.generated, "prompt": {"input_ids": ids, "attention_mask": mask}}
+    if family.name in families.PADDED_FLOAT32:
+        family = SimpleNamespace(**{**vars(family), "model": family.model.float(), "dtype": torch.float32})
+    refused_or(family, request, lambda: compare(family, columns, ids, mask, **where))
+
+
+@pytest.mark.parametrize("name", sorted(families.IMAGE_TEXT))
+def test_image_and_text(name: str) -> None:
+    "Models that also see: the list that is found is the one that runs when there is nothing to see."
+    if name in families.CANNOT_IMAGE:
+        pytest.skip(families.CANNOT_IMAGE[name])
+    model = families.build(name, families.IMAGE_TEXT)
+    if name in families.AMBIGUOUS:
+        with pytest.raises(ValueError, match="Cannot tell which list holds the decoder blocks"):
+            find_layers(model)
+        return
+    found, listed = find_layers(model), families.listed("image_text")
+    IMAGE_MARKS[name] = "FAILED"
+    if name in listed:
+        assert families.describe(found) == listed[name]
+    ran: set[str] = set()
+    for block in found["decoder_block"].values():
+        model.get_submodule(block).register_forward_hook(lambda m, a, o, block=block: ran.add(block))
+    try:
+        logits(model, torch.randint(3, 90, (1, 6)))
+    except Exception:  # it insists on seeing something; then the committed list is what is compared
+        IMAGE_MARKS[name] = "listed"
+        assert name in listed
+        return
+    assert ran == set(found["decoder_block"].values())
+    IMAGE_MARKS[name] = "runs"
 
 
 def test_every_listed_family_is_still_there() -> None:
@@ -281,11 +338,29 @@ def test_every_listed_family_is_still_there() -> None:
 
 def table() -> str:
     "Family x check, and the totals."
-    short = {"input_layernorm": "in norm", "post_attention_layernorm": "post norm", "self_attn": "attn", "found": "blocks"}
+    short = {
+        "input_layernorm": "in norm",
+        "post_attention_layernorm": "post norm",
+        "self_attn": "attn",
+        "found": "blocks",
+    }
     lines = [f"{'family':<26}" + "".join(f"{short.get(check, check):>10}" for check in CHECKS)]
     for name, marks in sorted(MARKS.items()):
-        row = "".join(f"{marks.get(check, ''):>10}" for check in CHECKS) if marks else "  " + families.CANNOT.get(name, "")[:90]
+        row = (
+            "".join(f"{marks.get(check, ''):>10}" for check in CHECKS)
+            if marks
+            else "  " + families.CANNOT.get(name, "")[:90]
+        )
         lines.append(f"{name:<26}{row}")
     built = [marks for marks in MARKS.values() if marks]
-    good = [sum(marks.get(check, "FAILED") not in ("FAILED", "none", "") for marks in built) for check in CHECKS]
-    return "\n".join([*lines, f"{f'of {len(built)} families':<26}" + "".join(f"{n:>10}" for n in good)])
+    good = [
+        sum(marks.get(check, "FAILED") not in ("FAILED", "none", "not text", "") for marks in built) for check in CHECKS
+    ]
+    lines.append(f"{f'of {len(built)} families':<26}" + "".join(f"{n:>10}" for n in good))
+    if IMAGE_MARKS:
+        counts = {mark: list(IMAGE_MARKS.values()).count(mark) for mark in ("runs", "listed", "FAILED")}
+        lines.append(
+            f"image and text: {len(IMAGE_MARKS)} classes found; the blocks found run on text alone in {counts['runs']}, "
+            f"compared with the list only in {counts['listed']}, failed in {counts['FAILED']}"
+        )
+    return "\n".join(lines)
