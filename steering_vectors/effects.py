@@ -7,7 +7,8 @@ __all__ = ['Prompt', 'Layer', 'prompt_ids', 'at_layer', 'Sweep', 'sweep', 'Token
            'next_token_shift', 'Effect', 'completion_gap', 'answer_gap', 'text_loss', 'Similarity', 'similarity',
            'Projections', 'projections', 'multiplier_limit']
 
-# %% ../nbs/reference/effects.ipynb #2f51d453
+# %% ../nbs/reference/effects.ipynb #d55f5595
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-# %% ../nbs/reference/effects.ipynb #5727daa3
+# %% ../nbs/reference/effects.ipynb #e523cc60
 from .operators import PatchDeltaOperator
 from .recording import record_activations
 from .tokens import Place, Tokens, as_selection, select
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from steering_vectors.layers import ModelLayerConfig
 
-# %% ../nbs/reference/effects.ipynb #2e936c2b
+# %% ../nbs/reference/effects.ipynb #21f89193
 Prompt = str | Sequence[Mapping[str, str]] | Tensor  # words, chat messages, or ids
 
 
@@ -49,7 +50,7 @@ def prompt_ids(
     )
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
-# %% ../nbs/reference/effects.ipynb #a7e63c87
+# %% ../nbs/reference/effects.ipynb #c46c6edd
 @contextmanager
 def _measuring(model: Any, seed: int = 0) -> Iterator[None]:
     "Evaluation mode, no gradients, seeded; everything as before afterwards."
@@ -64,7 +65,7 @@ def _measuring(model: Any, seed: int = 0) -> Iterator[None]:
         for module in training:
             module.training = True
 
-# %% ../nbs/reference/effects.ipynb #30899f1e
+# %% ../nbs/reference/effects.ipynb #ca1b8f99
 Layer = int | tuple[int, ...] | Literal["all"]  # a layer, several at once, or every layer
 
 
@@ -75,7 +76,7 @@ def at_layer(
     "The part of `vector` that acts at `layer`."
     return vector if isinstance(layer, str) else vector[layer]
 
-# %% ../nbs/reference/effects.ipynb #00588526
+# %% ../nbs/reference/effects.ipynb #24600a79
 def _answers(
     model: Any,
     tokenizer: "PreTrainedTokenizerBase",
@@ -105,7 +106,7 @@ def _answers(
     rows = out[:, length:].tolist()
     return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
-# %% ../nbs/reference/effects.ipynb #3102de88
+# %% ../nbs/reference/effects.ipynb #1832c0d6
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     "A table as markup."
     top = "".join(f'<th style="text-align:left">{escape(h)}</th>' for h in head)
@@ -120,7 +121,7 @@ def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     wide = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head) - 1)]
     return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(r, wide, strict=False)), r[-1]]) for r in [head, *rows])
 
-# %% ../nbs/reference/effects.ipynb #00fcc4f8
+# %% ../nbs/reference/effects.ipynb #b6c92b3b
 @dataclass(frozen=True)
 class Sweep:
     "Texts by layer and multiplier."
@@ -150,7 +151,7 @@ class Sweep:
     def __repr__(self) -> str:
         return _lines(["layer", "multiplier", "text"], self._rows)
 
-# %% ../nbs/reference/effects.ipynb #5a581648
+# %% ../nbs/reference/effects.ipynb #943b87cc
 def sweep(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -183,7 +184,7 @@ def sweep(
     kept = tuple(dict.fromkeys(layer for layer, _ in rows))
     return Sweep(words, kept, tuple(multipliers), texts, tuple(asked[0].tolist()), rows)
 
-# %% ../nbs/reference/effects.ipynb #9ad0487d
+# %% ../nbs/reference/effects.ipynb #bbc22c40
 @dataclass(frozen=True)
 class TokenValues:
     "The tokens of a text, each with a number."
@@ -217,7 +218,7 @@ def steered_tokens(
         mask[:, -1] = 0  # written, never read
     return TokenValues(_words(tokenizer, ids), tuple(mask[0].tolist()), "steered")
 
-# %% ../nbs/reference/effects.ipynb #45698ebe
+# %% ../nbs/reference/effects.ipynb #bd20b4a2
 @dataclass(frozen=True)
 class TokenShift:
     "The next tokens whose probability changes most."
@@ -242,7 +243,7 @@ class TokenShift:
     def _repr_html_(self) -> str:
         return _table(["unsteered", "steered", "change", "token"], self._rows, "Probability of the next token")
 
-# %% ../nbs/reference/effects.ipynb #ef323611
+# %% ../nbs/reference/effects.ipynb #2322811f
 def next_token_shift(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -264,7 +265,7 @@ def next_token_shift(
     top = (after - before).abs().topk(min(k, len(before))).indices
     return TokenShift(_words(tokenizer, top.tolist()), tuple(before[top].tolist()), tuple(after[top].tolist()))
 
-# %% ../nbs/reference/effects.ipynb #dbca6cf0
+# %% ../nbs/reference/effects.ipynb #9cbf07a9
 @dataclass(frozen=True, eq=False)
 class Effect:
     "A measure of each example at each multiplier."
@@ -318,7 +319,7 @@ class Effect:
     def _repr_html_(self) -> str:
         return _table(["multiplier", f"{self.what} ({self.unit})"], self._rows, self._summary)
 
-# %% ../nbs/reference/effects.ipynb #1ad0112c
+# %% ../nbs/reference/effects.ipynb #a45b7172
 def _scores(
     model: "PreTrainedModel",
     pairs: Sequence[tuple[list[int], list[int]]],  # ids of prompt and completion
@@ -327,20 +328,24 @@ def _scores(
 ) -> Tensor:  # (n,) mean log-probability of a completion's tokens
     "Score completions; no gradients, in batches."
     out: list[Tensor] = []
+    knows = "logits_to_keep" in inspect.signature(model.forward).parameters
     for i in range(0, len(pairs), batch_size):
         batch = pairs[i : i + batch_size]
         rows = [torch.tensor(p + c) for p, c in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
         real = torch.arange(ids.shape[1]) < torch.tensor([[len(r)] for r in rows])
         written = real & (torch.arange(ids.shape[1]) >= torch.tensor([[len(p)] for p, _ in batch]))
+        first = min(len(p) for p, _ in batch) - 1  # the column before the earliest completion
+        keep = {"logits_to_keep": ids.shape[1] - first} if knows else {}
         with steer([p for p, _ in batch]):
-            logits = model(input_ids=ids, attention_mask=real.long().to(model.device)).logits
-        logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
-        scored = written[:, 1:]
-        out.append(torch.where(scored, logp, 0.0).sum(1) / scored.sum(1))
+            logits = model(input_ids=ids, attention_mask=real.long().to(model.device), **keep).logits
+        logits = logits[:, -(ids.shape[1] - first) : -1].float()
+        right = logits.gather(-1, ids[:, first + 1 :, None])[..., 0] - logits.logsumexp(-1)
+        scored = written[:, first + 1 :]
+        out.append(torch.where(scored, right.cpu(), 0.0).sum(1) / scored.sum(1))
     return torch.cat(out)
 
-# %% ../nbs/reference/effects.ipynb #218cb4e2
+# %% ../nbs/reference/effects.ipynb #7c037e75
 def _curve(
     model: "PreTrainedModel",
     vector: SteeringVector,
@@ -362,7 +367,7 @@ def _curve(
             columns.append(_scores(model, pairs, batch_size, steer))
     return torch.stack(columns, 1)
 
-# %% ../nbs/reference/effects.ipynb #a5bea7ba
+# %% ../nbs/reference/effects.ipynb #c50da92e
 def completion_gap(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -393,7 +398,7 @@ def _completion(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
         raise ValueError("A completion is empty: it needs at least one token to have a probability.")
     return ids
 
-# %% ../nbs/reference/effects.ipynb #b892d102
+# %% ../nbs/reference/effects.ipynb #d9add3f9
 def answer_gap(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -428,7 +433,7 @@ def _one_token(tokenizer: "PreTrainedTokenizerBase", answer: str) -> int:
         )
     return ids[0]
 
-# %% ../nbs/reference/effects.ipynb #974d2389
+# %% ../nbs/reference/effects.ipynb #579c41f0
 def text_loss(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -448,7 +453,7 @@ def text_loss(
     scores = _curve(model, vector, multipliers, pairs, batch_size, operator, tokens, layer_config)
     return Effect("loss", "nats a token", tuple(multipliers), -scores)
 
-# %% ../nbs/reference/effects.ipynb #e415b7f8
+# %% ../nbs/reference/effects.ipynb #6b1ca770
 @dataclass(frozen=True, eq=False)
 class Similarity:
     "Cosines between named directions."
@@ -473,7 +478,7 @@ class Similarity:
     def _repr_html_(self) -> str:
         return _table(["cosine", *self.names], self._rows)
 
-# %% ../nbs/reference/effects.ipynb #0a20e58b
+# %% ../nbs/reference/effects.ipynb #e96e9cea
 def similarity(
     vectors: SteeringVector | Mapping[str, SteeringVector],  # one, to compare its layers; several by name
     layer: int | None = None,  # where several are compared; may be left out if they share just one layer
@@ -495,7 +500,7 @@ def similarity(
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
     return Similarity(tuple(found), rows @ rows.T)
 
-# %% ../nbs/reference/effects.ipynb #6abe1040
+# %% ../nbs/reference/effects.ipynb #ed21878f
 @dataclass(frozen=True, eq=False)
 class Projections:
     "The component of each token along the direction, by layer."
@@ -520,7 +525,7 @@ class Projections:
         rows = [[str(n), f"{m:+.2f}"] for n, m in zip(self.layers, self.mean, strict=True)]
         return _lines(["layer", "mean projection"], rows)
 
-# %% ../nbs/reference/effects.ipynb #82622024
+# %% ../nbs/reference/effects.ipynb #2e14852e
 def projections(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -539,7 +544,7 @@ def projections(
         rows.append(seen[layer][0][0].float().cpu() @ v / v.norm().clamp_min(1e-30))
     return Projections(_words(tokenizer, ids[0].tolist()), tuple(layers), torch.stack(rows))
 
-# %% ../nbs/reference/effects.ipynb #30116518
+# %% ../nbs/reference/effects.ipynb #063d6049
 def multiplier_limit(
     vector: SteeringVector,
     layer: Layer = "all",  # where it will act
