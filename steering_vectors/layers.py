@@ -170,7 +170,7 @@ def _known(model: nn.Module) -> dict[LayerType, LayerMatcher]:
     base = f"{base}." if base and hasattr(model, base) else ""
     return {layer_type: f"{base}{template}" for layer_type, template in templates.items()}
 
-# %% ../nbs/reference/layers.ipynb #0e39850c
+# %% ../nbs/reference/layers.ipynb #41e52bb4
 def unwrap(
     model: nn.Module,  # maybe compiled, PEFT-wrapped or DataParallel
 ) -> tuple[nn.Module, str]:  # the model inside, and what its module names begin with
@@ -179,7 +179,8 @@ def unwrap(
     while True:
         children = [name for name, _ in model.named_children()]
         if hasattr(model, "peft_config") and children[:1] == ["base_model"]:
-            inner = "base_model.model" if hasattr(model.base_model, "model") else "base_model"
+            tuner = type(model.base_model).__module__.startswith("peft")  # prompt tuning has no tuner between
+            inner = "base_model.model" if tuner else "base_model"
         elif children in (["_orig_mod"], ["module"]):
             inner = children[0]
         else:
