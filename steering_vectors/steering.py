@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_multiplier', 'LayerEdit', 'SteeringPatchHandle', 'prepare_steering']
 
-# %% ../nbs/reference/steering.ipynb #ae00a3c0
+# %% ../nbs/reference/steering.ipynb #3d4c166f
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -20,7 +20,7 @@ from .operators import PatchDeltaOperator, addition_operator
 from .positions import PassTracker
 from .tokens import Place, Prompt, Selection, Tokens, select
 
-# %% ../nbs/reference/steering.ipynb #be31320c
+# %% ../nbs/reference/steering.ipynb #8de7bfc9
 def as_multiplier(
     multiplier: float | Sequence[float] | Tensor,  # a number, or one for each row of the batch
 ) -> float | Tensor:                               # a number, or a float64 tensor of shape (b,) on the CPU
@@ -37,7 +37,7 @@ def as_multiplier(
         raise ValueError(f"multiplier must be finite; it is {multiplier}.")
     return float(m) if m.ndim == 0 else m
 
-# %% ../nbs/reference/steering.ipynb #5a21ec5c
+# %% ../nbs/reference/steering.ipynb #25c9f329
 class _Scaled:
     "A vector times its multiplier, ready for an activation."
 
@@ -59,19 +59,23 @@ class _Scaled:
 
     def _product(self, h: Tensor, multiplier: float | Tensor) -> Tensor:
         least: torch.dtype = torch.promote_types(h.dtype, torch.float32)
-        v = self.vector.to(h.device, torch.promote_types(self.vector.dtype, least))[None, None]
+        v: Tensor = self.vector.to(h.device, torch.promote_types(self.vector.dtype, least))[None, None]
         m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
         return (m * v).to(least if self.wide else h.dtype)
 
-# %% ../nbs/reference/steering.ipynb #62fb4f93
-def _for_rows(multipliers: Tensor, b: int) -> tuple[Tensor, Tensor | None]:
-    "The multipliers of `b` rows, (b,), and which of them are not zero, (b, 1); None if none is."
+# %% ../nbs/reference/steering.ipynb #b9113ec3
+CPU = torch.device("cpu")
+
+
+@torch.inference_mode(False)  # kept, and perhaps used again where gradients are computed
+def _for_rows(multipliers: Tensor, b: int, device: torch.device = CPU) -> tuple[Tensor, Tensor | None]:
+    "The multipliers of `b` rows, (b,), and on the device which of them are not zero, (b, 1); None if none is."
     if b % len(multipliers):
         raise ValueError(f"multiplier has {len(multipliers)} numbers, one a row, but the model was given {b} rows. Pass {b} numbers, or one for all.")
     rows = multipliers.repeat_interleave(b // len(multipliers))
-    return rows, None if bool((rows != 0).all()) else (rows != 0)[:, None]
+    return rows, None if bool((rows != 0).all()) else (rows != 0)[:, None].to(device)
 
-# %% ../nbs/reference/steering.ipynb #2910e6a0
+# %% ../nbs/reference/steering.ipynb #e06d03a5
 def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
     "What the operator answers, checked: (d,), or three dimensions that fit the activation."
     change: Any = operator(h, vector)
@@ -84,7 +88,7 @@ def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
         )
     return change
 
-# %% ../nbs/reference/steering.ipynb #ce683af5
+# %% ../nbs/reference/steering.ipynb #c3cfe395
 class LayerEdit:
     "The change of one layer's output: operator, vector, multiplier, and which tokens."
 
@@ -115,7 +119,7 @@ class LayerEdit:
             return h + self.scaled.on(h, self.multiplier)
         return _by_token(self, h, mask)
 
-# %% ../nbs/reference/steering.ipynb #60fd0956
+# %% ../nbs/reference/steering.ipynb #c9699456
 def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     "The new activations, in the layout of `h`."
     if edit.tracker is None:  # one multiplier, every token: rows and tokens need not be told apart
@@ -135,8 +139,7 @@ def _changed(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     else:
         key = (len(h), h.device)
         if key not in edit.rows:
-            rows, on = _for_rows(edit.multiplier, len(h))
-            edit.rows[key] = rows, None if on is None else on.to(h.device)
+            edit.rows[key] = _for_rows(edit.multiplier, len(h), h.device)
         rows, on = edit.rows[key]
         new = (h + _change_by_row(edit, h, rows)).to(h.dtype)
         mask = mask if on is None else on if mask is True else mask & on
@@ -154,7 +157,7 @@ def _change_by_row(edit: LayerEdit, h: Tensor, rows: Tensor) -> Tensor:
     ]
     return torch.cat(parts)
 
-# %% ../nbs/reference/steering.ipynb #cf717525
+# %% ../nbs/reference/steering.ipynb #c135b804
 class SteeringPatchHandle:
     "Steering that has been checked and can be attached: a context manager, or `attach()` and `remove()`."
 
@@ -223,7 +226,7 @@ class SteeringPatchHandle:
     def _repr_html_(self) -> str:
         return _as_html(self)
 
-# %% ../nbs/reference/steering.ipynb #d57ef8a7
+# %% ../nbs/reference/steering.ipynb #0e7c4a6a
 AHEAD = 4  # generated columns shown in a picture
 
 
@@ -281,7 +284,7 @@ def _as_html(handle: SteeringPatchHandle) -> str:
         lines.append(f'<div>{"".join(spans[:bar])}<b> | </b>{"".join(spans[bar:])} …</div>')
     return "\n".join(lines)
 
-# %% ../nbs/reference/steering.ipynb #4870797c
+# %% ../nbs/reference/steering.ipynb #9b3fcd18
 def prepare_steering(
     model: nn.Module,                              # any model whose layers can be found
     vectors: Mapping[int, Tensor],                 # layer number to (d,); negative numbers count from the end
