@@ -6,14 +6,14 @@
 __all__ = ['Aggregator', 'ActivationsByLayer', 'AccumulatingAggregator', 'mean_aggregator', 'pca_aggregator',
            'logistic_aggregator', 'aggregate_activations', 'check_direction']
 
-# %% ../nbs/reference/aggregators.ipynb #3a7d005c
+# %% ../nbs/reference/aggregators.ipynb #696e55b0
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/reference/aggregators.ipynb #945f9194
+# %% ../nbs/reference/aggregators.ipynb #a82c479f
 Aggregator = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,10 +29,10 @@ class AccumulatingAggregator(Protocol):
     def merge(self, state: Any, other: Any) -> Any: ...
     def finish(self, state: Any) -> Tensor: ...
 
-# %% ../nbs/reference/aggregators.ipynb #b25be0ef
+# %% ../nbs/reference/aggregators.ipynb #85e9d604
 class _Sums(NamedTuple):
-    pos: Tensor | int  # sum of the positive activations, (d,)
-    neg: Tensor | int
+    pos: Any  # sum of the positive activations, (d,); 0 at the start
+    neg: Any
     num_pos: int
     num_neg: int
     dtype: torch.dtype | None  # of the activations
@@ -50,13 +50,14 @@ class _Mean:
         return self.merge(state, _Sums(pos, neg, len(pos_acts), len(neg_acts), pos_acts.dtype))
 
     def merge(self, state: _Sums, other: _Sums) -> _Sums:
-        sums = (mine + theirs for mine, theirs in zip(state[:4], other[:4], strict=True))
-        return _Sums(*sums, state.dtype or other.dtype)
+        num_pos, num_neg = state.num_pos + other.num_pos, state.num_neg + other.num_neg
+        return _Sums(state.pos + other.pos, state.neg + other.neg, num_pos, num_neg, state.dtype or other.dtype)
 
     def finish(self, state: _Sums) -> Tensor:
         if not (state.num_pos and state.num_neg):
             raise ValueError("There are no activations on one of the two sides, so there is no difference to take.")
-        return (state.pos / state.num_pos - state.neg / state.num_neg).to(state.dtype)
+        mean: Tensor = state.pos / state.num_pos - state.neg / state.num_neg
+        return mean.to(state.dtype)
 
     def __call__(self, pos_acts: Tensor, neg_acts: Tensor) -> Tensor:
         return self.finish(self.add(self.start(), pos_acts, neg_acts))
@@ -73,11 +74,11 @@ def mean_aggregator() -> Aggregator:
     "The default: the mean of the positive activations less the mean of the negative ones."
     return _Mean()
 
-# %% ../nbs/reference/aggregators.ipynb #b4adf309
+# %% ../nbs/reference/aggregators.ipynb #89f3c404
 class _Moments(NamedTuple):
     deltas: list[Tensor]  # differences not yet summed, each (n, d)
     moment: Tensor | None  # sum of outer products of those that were, (d, d)
-    total: Tensor | int  # sum of all differences, (d,)
+    total: Any  # sum of all differences, (d,); 0 at the start
     dtype: torch.dtype | None
 
 
@@ -121,7 +122,7 @@ class _PCA:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
-# %% ../nbs/reference/aggregators.ipynb #26d2b3d2
+# %% ../nbs/reference/aggregators.ipynb #7723c3b6
 def _folded(state: _Moments) -> _Moments:
     "The state with its deltas summed, once there are more of them than they are wide."
     n = sum(map(len, state.deltas))
@@ -134,19 +135,19 @@ def _folded(state: _Moments) -> _Moments:
 def _first_direction(state: _Moments) -> Tensor:
     "The unit vector along which the differences of `state` are largest, (d,)."
     if state.moment is not None:
-        top = torch.linalg.eigh(state.moment).eigenvectors[:, -1]
-        return top * (state.moment.diagonal().sum() > 0)
+        vec: Tensor = torch.linalg.eigh(state.moment).eigenvectors[:, -1]
+        return vec * (state.moment.diagonal().sum() > 0)
     deltas = torch.cat(state.deltas)
     deltas = deltas / deltas.abs().amax().clamp_min(torch.finfo(deltas.dtype).tiny)  # squares must not underflow
-    top = deltas.T @ torch.linalg.eigh(deltas @ deltas.T).eigenvectors[:, -1]
-    return top / top.norm().clamp_min(torch.finfo(top.dtype).tiny)
+    top: Tensor = deltas.T @ torch.linalg.eigh(deltas @ deltas.T).eigenvectors[:, -1]
+    return torch.nn.functional.normalize(top, dim=0)
 
 
 def pca_aggregator() -> Aggregator:
     "The first principal component of the pairs' differences, norm 1, pointing from negative to positive."
     return _PCA()
 
-# %% ../nbs/reference/aggregators.ipynb #0ab46fa5
+# %% ../nbs/reference/aggregators.ipynb #ddecfa51
 def logistic_aggregator(
     sklearn_kwargs: dict[str, Any] | None = None,  # options of scikit-learn's `LogisticRegression`
 ) -> Aggregator:
@@ -165,9 +166,10 @@ def logistic_aggregator(
         arrow = torch.as_tensor(fit.coef_[0], dtype=wide, device=pos.device)
         return torch.nn.functional.normalize(arrow, dim=0).to(pos_acts.dtype)
 
+    logistic.__name__ = "logistic_aggregator"
     return logistic
 
-# %% ../nbs/reference/aggregators.ipynb #d8897d2d
+# %% ../nbs/reference/aggregators.ipynb #a6496131
 ActivationsByLayer = Mapping[int, Tensor] | Mapping[int, Sequence[Tensor]]
 
 
