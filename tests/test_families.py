@@ -4,7 +4,6 @@ The law: steered with a cache equals steered without one, token by token. Both s
 which use no cache and hooks of their own, on logits of every step in float64.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,8 @@ import families
 import pytest
 import torch
 from families import quiet
-from torch import Tensor, nn
+from families_by_hand import STEPS, by_hand, first_tensor, generate, logits, prepare, put_back, read_by_hand, vector
+from torch import Tensor
 
 from steering_vectors import SteeringVector, find_layers, train_steering_vector
 from steering_vectors.demo import tiny_tokenizer
@@ -23,7 +23,6 @@ from steering_vectors.tokens import Tokens
 CHECKS = ["found", *LAYER_TYPES[1:], "steered", "trained", "cached", "padded"]
 MARKS: dict[str, dict[str, str]] = {}
 IMAGE_MARKS: dict[str, str] = {}
-STEPS = 3
 LISTED = families.listed()
 
 
@@ -34,13 +33,9 @@ def family(request: pytest.FixtureRequest) -> Iterator[Any]:
     MARKS[name] = {}
     if name in families.CANNOT:
         pytest.skip(families.CANNOT[name])
-    dtype = torch.float32 if name in families.FLOAT32 else torch.float64
-    model = families.build(name).to(dtype)
-    rows = 1 if name in families.ONE_ROW else 2
-    ids = torch.randint(3, 90, (rows, 6), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    yield SimpleNamespace(name=name, model=model, ids=ids, mask=mask, found=find_layers(model), dtype=dtype)
+    family = prepare(name)
+    family.found = find_layers(family.model)
+    yield family
 
 
 @pytest.fixture(autouse=True)
@@ -59,90 +54,6 @@ def mark(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def ok(request: pytest.FixtureRequest, text: str = "ok") -> None:
     request.node.mark_as(text)
-
-
-# --- loops of our own ------------------------------------------------------------------------------------------------
-
-
-def first_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def put_back(output: Any, h: Tensor) -> Any:
-    if isinstance(output, Tensor):
-        return h
-    return output._replace(**{output._fields[0]: h}) if hasattr(output, "_fields") else type(output)([h, *output[1:]])
-
-
-def added(h: Tensor, v: Tensor, columns: Tensor) -> Tensor:
-    "`h` with `v` added where `columns`, a bool (b, s), says so, whatever the layout of streams."
-    h, b = h.clone(), columns.shape[0]
-    if h.ndim == 4 and h.shape[1] == b and h.shape[0] != b:  # streams come first
-        h[:, columns[:, : h.shape[2]]] += v
-    else:
-        assert h.shape[0] == b, f"a layout that this test does not know: {tuple(h.shape)}"
-        h[columns[:, : h.shape[1]]] += v
-    return h
-
-
-def vector(family: Any, name: str) -> Tensor:
-    "A random direction as wide as what a module returns."
-    n = width(family.model, name, family.ids)
-    return torch.randn(n, generator=torch.Generator().manual_seed(2), dtype=family.dtype)
-
-
-def read_by_hand(model: nn.Module, name: str, ids: Tensor) -> Tensor:
-    "What a module returns first in one pass."
-    seen: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(first_tensor(out).detach()))
-    logits(model, ids)
-    hook.remove()
-    return seen[0]
-
-
-def width(model: nn.Module, name: str, ids: Tensor) -> int:
-    "The width of what a module returns."
-    return read_by_hand(model, name, ids).shape[-1]
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with quiet():
-        return (
-            model(input_ids=ids, use_cache=False).logits if takes(model, "use_cache") else model(input_ids=ids).logits
-        )
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
-
-
-def generate(
-    model: nn.Module, ids: Tensor, mask: Tensor, steps: int = STEPS, use_cache: bool = True
-) -> tuple[Tensor, Tensor]:
-    "Greedy tokens (b, s + steps) and the logits of every step (b, steps, vocabulary)."
-    with quiet(), torch.no_grad():
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, use_cache=use_cache,
-            output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-    return out.sequences, torch.stack(list(out.logits), 1)
-
-
-def by_hand(
-    model: nn.Module, name: str, v: Tensor | None, ids: Tensor, mask: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor]:
-    "The same without a cache: every step reads everything again, and a hook of our own adds `v` at `columns` (b, all)."
-    every: list[Tensor] = []
-    for _ in range(STEPS):
-        hook = model.get_submodule(name).register_forward_hook(
-            lambda module, args, out: None if v is None else put_back(out, added(first_tensor(out), v, columns))
-        )
-        ids, step = generate(model, ids, mask, 1, use_cache=False)
-        hook.remove()
-        every.append(step)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return ids, torch.cat(every, 1)
 
 
 def compare(family: Any, columns: Tensor, ids: Tensor, mask: Tensor, **where: Any) -> None:
@@ -258,8 +169,8 @@ def test_trained(family: Any, request: pytest.FixtureRequest) -> None:
         wanted[n] = torch.stack(total).sum(0) / len(pairs)
     assert list(one.layer_activations) == list(wanted)
     for n, v in wanted.items():
-        for vector in (one, many):
-            got = vector.layer_activations[n]
+        for trained in (one, many):
+            got = trained.layer_activations[n]
             assert got.shape == v.shape
             error = float((got - v).norm() / v.norm())
             assert error <= 1e-4, f"layer {n}: {error:.1e}"
