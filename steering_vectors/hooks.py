@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Edit', 'Read', 'get_hidden', 'with_hidden', 'HookHandle', 'edit_output', 'read_output', 'by_token']
 
-# %% ../nbs/reference/hooks.ipynb #23783b32
+# %% ../nbs/reference/hooks.ipynb #097cc46d
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# %% ../nbs/reference/hooks.ipynb #198f6bc9
+# %% ../nbs/reference/hooks.ipynb #2f0b5bd3
 def get_hidden(
     output: Any,  # what a module returned: a tensor, or a tuple, list or mapping whose first tensor is the hidden state
 ) -> Tensor:      # that tensor itself, not a copy
@@ -29,7 +29,7 @@ def get_hidden(
             return value
     raise TypeError(f"Expected a tensor, or a tuple, list or mapping that holds one; the module returned {type(output).__name__}.")
 
-# %% ../nbs/reference/hooks.ipynb #b81cb86b
+# %% ../nbs/reference/hooks.ipynb #f800fea6
 def with_hidden(
     output: Any,     # what a module returned
     hidden: Tensor,  # the tensor to stand where the hidden state stood
@@ -44,7 +44,7 @@ def with_hidden(
     values = [*output[:at], hidden, *output[at + 1 :]]
     return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
 
-# %% ../nbs/reference/hooks.ipynb #1c36ecc6
+# %% ../nbs/reference/hooks.ipynb #081caadd
 Edit = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor], None]
 
@@ -75,7 +75,7 @@ class _Listeners:
 _listeners: "WeakKeyDictionary[nn.Module, _Listeners]" = WeakKeyDictionary()
 _lock = threading.RLock()
 
-# %% ../nbs/reference/hooks.ipynb #4ad23217
+# %% ../nbs/reference/hooks.ipynb #8643915f
 class _Stance:
     "Compiled functions run uncompiled while at least one of our hooks is attached."
 
@@ -92,7 +92,7 @@ class _Stance:
 
 _stance = _Stance()
 
-# %% ../nbs/reference/hooks.ipynb #91dc92e2
+# %% ../nbs/reference/hooks.ipynb #16b3dc3d
 class HookHandle:
     "One edit or reader on one module; `remove()` it, or use it as a context manager."
 
@@ -113,13 +113,20 @@ class HookHandle:
                     entry.listen(self.module)
                 setattr(entry, self.kind, (*getattr(entry, self.kind), (self, self.fn)))
                 _stance.update()
+                return self
             except BaseException:
                 self.remove()
                 raise
-        return self
 
     def remove(self) -> None:
         "Take this entry off its module. Doing it twice is allowed."
+        try:
+            self._remove()
+        except KeyboardInterrupt:  # finish first
+            self._remove()
+            raise
+
+    def _remove(self) -> None:
         with _lock:
             entry = _listeners.get(self.module)
             if entry is not None:
@@ -136,7 +143,7 @@ class HookHandle:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-# %% ../nbs/reference/hooks.ipynb #b0991cdb
+# %% ../nbs/reference/hooks.ipynb #b3e1168b
 def edit_output(
     module: nn.Module,  # whose output to change
     edit: Edit,         # hidden state in, new hidden state out; must not write into its argument
@@ -144,7 +151,7 @@ def edit_output(
     "From now on `edit` is applied to what `module` returns, after the edits that came before it."
     return HookHandle(module, edit, "edits").attach()
 
-# %% ../nbs/reference/hooks.ipynb #ad29ced4
+# %% ../nbs/reference/hooks.ipynb #96ac64f2
 def read_output(
     module: nn.Module,  # whose output to look at
     read: Read,         # called with the hidden state, after every edit
@@ -152,7 +159,7 @@ def read_output(
     "Call `read` with what the module after `module` is going to see."
     return HookHandle(module, read, "reads").attach()
 
-# %% ../nbs/reference/hooks.ipynb #8ce03a6b
+# %% ../nbs/reference/hooks.ipynb #d8e6a678
 def by_token(
     hidden: Tensor,  # what a module returned, over b rows of s tokens, in one of the layouts that occur
     b: int,          # rows of the pass

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['record_activations']
 
-# %% ../nbs/reference/recording.ipynb #5c389a60
+# %% ../nbs/reference/recording.ipynb #4daa4e5e
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
 from .hooks import HookHandle
 from .layers import LayerType, ModelLayerConfig, resolve_layer_numbers, resolve_layers
 
-# %% ../nbs/reference/recording.ipynb #6425fba2
+# %% ../nbs/reference/recording.ipynb #e927b8e9
 @contextmanager
 def record_activations(
     model: nn.Module,                              # any model whose layers can be found; not changed
@@ -32,11 +32,9 @@ def record_activations(
     def keep(n: int, h: Tensor) -> None:
         recorded[n].append(h.detach().clone() if clone_activations else h)
 
-    hooks = [HookHandle(model.get_submodule(found[n]), lambda h, n=n: keep(n, h), "reads") for n in numbers]
-    try:
-        for hook in hooks:
+    with ExitStack() as removals:
+        for n in numbers:
+            hook = HookHandle(model.get_submodule(found[n]), partial(keep, n), "reads")
+            removals.callback(hook.remove)
             hook.attach()
         yield recorded
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_multiplier', 'LayerEdit', 'SteeringPatchHandle', 'prepare_steering']
 
-# %% ../nbs/reference/steering.ipynb #3d4c166f
+# %% ../nbs/reference/steering.ipynb #165ce095
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -20,7 +20,7 @@ from .operators import PatchDeltaOperator, addition_operator
 from .positions import PassTracker
 from .tokens import Place, Prompt, Selection, Tokens, select
 
-# %% ../nbs/reference/steering.ipynb #8de7bfc9
+# %% ../nbs/reference/steering.ipynb #53761db9
 def as_multiplier(
     multiplier: float | Sequence[float] | Tensor,  # a number, or one for each row of the batch
 ) -> float | Tensor:                               # a number, or a float64 tensor of shape (b,) on the CPU
@@ -37,7 +37,7 @@ def as_multiplier(
         raise ValueError(f"multiplier must be finite; it is {multiplier}.")
     return float(m) if m.ndim == 0 else m
 
-# %% ../nbs/reference/steering.ipynb #25c9f329
+# %% ../nbs/reference/steering.ipynb #e6a8fc6e
 class _Scaled:
     "A vector times its multiplier, ready for an activation."
 
@@ -63,7 +63,7 @@ class _Scaled:
         m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
         return (m * v).to(least if self.wide else h.dtype)
 
-# %% ../nbs/reference/steering.ipynb #b9113ec3
+# %% ../nbs/reference/steering.ipynb #1f3ec0ca
 CPU = torch.device("cpu")
 
 
@@ -75,20 +75,20 @@ def _for_rows(multipliers: Tensor, b: int, device: torch.device = CPU) -> tuple[
     rows = multipliers.repeat_interleave(b // len(multipliers))
     return rows, None if bool((rows != 0).all()) else (rows != 0)[:, None].to(device)
 
-# %% ../nbs/reference/steering.ipynb #e06d03a5
+# %% ../nbs/reference/steering.ipynb #b1350f4a
 def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
     "What the operator answers, checked: (d,), or three dimensions that fit the activation."
-    change: Any = operator(h, vector)
-    shape = tuple(change.shape) if isinstance(change, Tensor) else type(change).__name__
-    fits = isinstance(change, Tensor) and change.ndim in (1, 3) and all(n in (1, m) for n, m in zip(shape[::-1], h.shape[::-1]))
-    if not fits or shape[-1] != h.shape[-1]:
-        raise ValueError(
-            f"The operator must return a change that can be added to the activation, of shape {tuple(h.shape)} or (1, 1, {h.shape[-1]}); "
-            f"{getattr(operator, '__name__', operator)} returned {shape}."
-        )
-    return change
+    change = operator(h, vector)
+    if isinstance(change, Tensor) and change.ndim in (1, 3) and change.shape[-1] == h.shape[-1]:
+        if all(n in (1, m) for n, m in zip(change.shape, h.shape[-change.ndim :], strict=True)):
+            return change
+    returned = tuple(change.shape) if isinstance(change, Tensor) else type(change).__name__
+    raise ValueError(
+        f"The operator must return a change that can be added to the activation, of shape {tuple(h.shape)} or (1, 1, {h.shape[-1]}); "
+        f"{getattr(operator, '__name__', operator)} returned {returned}."
+    )
 
-# %% ../nbs/reference/steering.ipynb #c3cfe395
+# %% ../nbs/reference/steering.ipynb #c2160db9
 class LayerEdit:
     "The change of one layer's output: operator, vector, multiplier, and which tokens."
 
@@ -119,7 +119,7 @@ class LayerEdit:
             return h + self.scaled.on(h, self.multiplier)
         return _by_token(self, h, mask)
 
-# %% ../nbs/reference/steering.ipynb #c9699456
+# %% ../nbs/reference/steering.ipynb #ab964b01
 def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     "The new activations, in the layout of `h`."
     if edit.tracker is None:  # one multiplier, every token: rows and tokens need not be told apart
@@ -157,7 +157,7 @@ def _change_by_row(edit: LayerEdit, h: Tensor, rows: Tensor) -> Tensor:
     ]
     return torch.cat(parts)
 
-# %% ../nbs/reference/steering.ipynb #c135b804
+# %% ../nbs/reference/steering.ipynb #6787e9ab
 class SteeringPatchHandle:
     "Steering that has been checked and can be attached: a context manager, or `attach()` and `remove()`."
 
@@ -185,10 +185,10 @@ class SteeringPatchHandle:
             for hook in self.hooks:
                 hook.attach()
             self.attached = True
+            return self
         except BaseException:
             self.remove()
             raise
-        return self
 
     def remove(self) -> None:
         "Steer no longer. Removing twice is allowed, and so is any order among several handles."
@@ -226,7 +226,7 @@ class SteeringPatchHandle:
     def _repr_html_(self) -> str:
         return _as_html(self)
 
-# %% ../nbs/reference/steering.ipynb #0e7c4a6a
+# %% ../nbs/reference/steering.ipynb #ae97bd89
 AHEAD = 4  # generated columns shown in a picture
 
 
@@ -284,7 +284,7 @@ def _as_html(handle: SteeringPatchHandle) -> str:
         lines.append(f'<div>{"".join(spans[:bar])}<b> | </b>{"".join(spans[bar:])} …</div>')
     return "\n".join(lines)
 
-# %% ../nbs/reference/steering.ipynb #9b3fcd18
+# %% ../nbs/reference/steering.ipynb #8a30ff34
 def prepare_steering(
     model: nn.Module,                              # any model whose layers can be found
     vectors: Mapping[int, Tensor],                 # layer number to (d,); negative numbers count from the end
