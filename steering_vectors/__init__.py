@@ -60,28 +60,6 @@ if TYPE_CHECKING:
     from .widgets import Span as Span
     from .widgets import explore as explore
     from .widgets import token_strip as token_strip
-    from .effects import sweep as sweep
-    from .effects import next_token_shift as next_token_shift
-    from .effects import completion_gap as completion_gap
-    from .effects import answer_gap as answer_gap
-    from .effects import text_loss as text_loss
-    from .effects import similarity as similarity
-    from .effects import projections as projections
-    from .effects import steered_tokens as steered_tokens
-    from .effects import multiplier_limit as multiplier_limit
-    from .plots import plot_effect as plot_effect
-    from .plots import plot_layers as plot_layers
-    from .plots import plot_shift as plot_shift
-    from .plots import plot_similarity as plot_similarity
-    from .plots import plot_tokens as plot_tokens
-    from .plots import plot_projections as plot_projections
-    from .plots import plot_norms as plot_norms
-    from .plots import plot_contrast as plot_contrast
-    from .widgets import Control as Control
-    from .widgets import Fixed as Fixed
-    from .widgets import Span as Span
-    from .widgets import explore as explore
-    from .widgets import token_strip as token_strip
 
 _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "Aggregator": "aggregators",
@@ -127,28 +105,6 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "Fixed": "widgets",
     "Span": "widgets",
     "explore": "widgets",
-    "token_strip": "widgets",
-    "sweep": "effects",
-    "next_token_shift": "effects",
-    "completion_gap": "effects",
-    "answer_gap": "effects",
-    "text_loss": "effects",
-    "similarity": "effects",
-    "projections": "effects",
-    "steered_tokens": "effects",
-    "multiplier_limit": "effects",
-    "plot_effect": "plots",
-    "plot_layers": "plots",
-    "plot_shift": "plots",
-    "plot_similarity": "plots",
-    "plot_tokens": "plots",
-    "plot_projections": "plots",
-    "plot_norms": "plots",
-    "plot_contrast": "plots",
-    "explore": "widgets",
-    "Control": "widgets",
-    "Span": "widgets",
-    "Fixed": "widgets",
     "token_strip": "widgets",
 }
 
