@@ -7,7 +7,7 @@ __all__ = ['Steps', 'add_to_bias', 'project_out', 'evaluating', 'probe', 'last_m
            'with_biases', 'bias_switches', 'plain_copy', 'llama_config', 'steered', 'in_two_steps', 'check_equal',
            'check_request', 'bake', 'blueprint']
 
-# %% ../nbs/reference/baking.ipynb #9e0663ec
+# %% ../nbs/reference/baking.ipynb #96d498ef
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ from .steering import prepare_steering
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# %% ../nbs/reference/baking.ipynb #aeef6c2e
+# %% ../nbs/reference/baking.ipynb #82239d4f
 def add_to_bias(
     module: nn.Module,  # with a bias, (d,)
     change: Tensor,  # (d,)
@@ -36,7 +36,7 @@ def add_to_bias(
     with torch.no_grad():
         bias.copy_((bias.double() + change.to(bias.device, torch.float64)).to(bias.dtype))
 
-# %% ../nbs/reference/baking.ipynb #4a2960fe
+# %% ../nbs/reference/baking.ipynb #580d6fe0
 def project_out(
     module: nn.Module,  # a linear map, its weight (d, inputs), or (inputs, d) in a `Conv1D`
     direction: Tensor,  # (d,)
@@ -52,7 +52,7 @@ def project_out(
             rest = part.double() - fraction * torch.tensordot(v, v @ part.double(), dims=0)
             part.copy_(rest.to(part.dtype))
 
-# %% ../nbs/reference/baking.ipynb #22226b43
+# %% ../nbs/reference/baking.ipynb #87b0bf16
 @contextmanager
 def evaluating(
     model: nn.Module,  # in any mode
@@ -79,7 +79,7 @@ def probe(
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-# %% ../nbs/reference/baking.ipynb #6c1eec6f
+# %% ../nbs/reference/baking.ipynb #92703d85
 def last_maps(
     model: "PreTrainedModel",  # to watch
     names: Mapping[int, str],  # of the steered modules, by layer
@@ -102,11 +102,12 @@ def last_maps(
             hook.remove()
     return last
 
-# %% ../nbs/reference/baking.ipynb #40cf455e
+# %% ../nbs/reference/baking.ipynb #a48242c3
 def refuse_unbakeable(
     model: nn.Module,  # to be baked
     layer_type: str,  # the steered part of the block
     last: Mapping[int, str],  # as `last_maps` found it
+    width: int,  # of the vector
     ablating: bool = False,  # or adding
 ) -> None:
     "Say why the weights have no place for this steering, if they have none."
@@ -119,13 +120,14 @@ def refuse_unbakeable(
         module = model.get_submodule(name)
         kind = type(module).__name__
         linear = isinstance(module, nn.Linear) or kind == "Conv1D"
-        if not linear and (ablating or not isinstance(module, nn.LayerNorm)):
+        fits = width in tuple(getattr(module, "weight", torch.ones(0)).shape)
+        if not fits or not (linear or (isinstance(module, nn.LayerNorm) and not ablating)):
             raise ValueError(
                 f"`{layer_type}` {n} of {type(model).__name__} cannot be baked: what comes out of it has last gone through "
-                f"{name} ({kind}), which is not a linear map{'' if ablating else ' and has no bias'}."
+                f"{name} ({kind}), which is no linear map to a width of {width}{'' if ablating else ' and has no bias'}."
             )
 
-# %% ../nbs/reference/baking.ipynb #8612761e
+# %% ../nbs/reference/baking.ipynb #298f15c6
 def has_biases(
     model_class: type["PreTrainedModel"],  # to be built
     config: "PreTrainedConfig",  # from this
@@ -159,7 +161,7 @@ def bias_switches(
     found = [(at, k, not v) for at, c in parts.items() for k, v in c.to_dict().items() if v is (k == "no_bias")]
     return [(at, key, value) for at, key, value in found if "bias" in key]
 
-# %% ../nbs/reference/baking.ipynb #8609b569
+# %% ../nbs/reference/baking.ipynb #c35909b0
 def plain_copy(
     model: "PreTrainedModel",  # not changed
     model_class: type["PreTrainedModel"],  # of the copy
@@ -171,9 +173,16 @@ def plain_copy(
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
         new: PreTrainedModel = model_class._from_config(config, dtype=model.dtype).to(model.device)
-    missing, left = new.load_state_dict(state, strict=False, assign=True)
-    if strange := left + [name for name in missing if not name.endswith(".bias")]:
+    shapes = {name: value.shape for name, value in new.state_dict().items()}
+    missing = [name for name in shapes if name not in state and name.endswith(".bias")]
+    strange = [
+        name
+        for name in {**state, **shapes}
+        if name not in missing and (name not in state or state[name].shape != shapes.get(name))
+    ]
+    if strange:
         raise ValueError(f"{model_class.__name__} and {type(model).__name__} differ in {strange[0]}.")
+    new.load_state_dict(state, strict=False, assign=True)
     new.tie_weights()
     with torch.no_grad():
         for name in missing:
@@ -183,7 +192,7 @@ def plain_copy(
     new.eval()
     return new
 
-# %% ../nbs/reference/baking.ipynb #c3faf343
+# %% ../nbs/reference/baking.ipynb #b927c3c0
 def llama_config(
     config: "PreTrainedConfig",  # of a model that may be Llama in all but name
     biased: list[str],  # names of modules that need a bias
@@ -205,7 +214,7 @@ def llama_config(
         )
     return new
 
-# %% ../nbs/reference/baking.ipynb #f3676e23
+# %% ../nbs/reference/baking.ipynb #6a351bdf
 Steps = list[tuple[PatchDeltaOperator | None, float]]  # operators and multipliers, one after the other
 
 
@@ -232,10 +241,10 @@ def in_two_steps(
     fraction = getattr(operator, "fraction", None)
     if fraction is None:
         return [(operator, multiplier / 2)] * 2
-    m = float(multiplier != 0)
-    return [(ablation_operator(2.0), m), (ablation_operator(2.0 - fraction), m)]
+    first, m = 0.5 if fraction > 1.5 else 2.0, float(multiplier != 0)
+    return [(ablation_operator(first), m), (ablation_operator(1 - (1 - fraction) / (1 - first)), m)]
 
-# %% ../nbs/reference/baking.ipynb #17c2bb0e
+# %% ../nbs/reference/baking.ipynb #e2f6f123
 def check_equal(
     baked: "PreTrainedModel",  # the copy
     model: "PreTrainedModel",  # what it was made of
@@ -259,7 +268,7 @@ def check_equal(
         )
     return error
 
-# %% ../nbs/reference/baking.ipynb #77673e7a
+# %% ../nbs/reference/baking.ipynb #1216b50d
 def check_request(
     model: nn.Module,  # to be baked
     operator: PatchDeltaOperator | None,  # what is to be done
@@ -285,7 +294,7 @@ def check_request(
         f"{operator!r} cannot be baked: weights can add the vector, or ablate it with ablation_operator()."
     )
 
-# %% ../nbs/reference/baking.ipynb #9fc05a18
+# %% ../nbs/reference/baking.ipynb #556f3a8e
 def bake(
     model: "PreTrainedModel",  # not changed
     layer_activations: Mapping[int, Tensor],  # each (d,)
@@ -302,7 +311,8 @@ def bake(
     vectors = dict(zip(numbers, (v.detach() for v in layer_activations.values()), strict=True))
     prepare_steering(model, vectors, layer_type, layer_config, operator, multiplier)
     last = last_maps(model, {n: found[n] for n in numbers})
-    refuse_unbakeable(model, layer_type, last, ablating=fraction is not None)
+    width = len(next(iter(vectors.values())))
+    refuse_unbakeable(model, layer_type, last, width, ablating=fraction is not None)
     new = plain_copy(model, *blueprint(model, [] if fraction is not None else list(last.values()), as_llama))
     for n, name in last.items() if multiplier else ():
         if fraction is None:
@@ -312,7 +322,7 @@ def bake(
     check_equal(new, model, vectors, (layer_type, layer_config), operator, multiplier)
     return new
 
-# %% ../nbs/reference/baking.ipynb #f051077a
+# %% ../nbs/reference/baking.ipynb #c989b872
 def blueprint(
     model: "PreTrainedModel",  # to be copied
     biased: list[str],  # names of modules that need a bias

@@ -6,7 +6,7 @@
 __all__ = ['DIRECTION', 'OFF_BY_ONE', 'scaled', 'for_whole_blocks', 'import_gguf', 'write_gguf', 'gguf_bytes', 'written_by',
            'open_gguf', 'gguf_value', 'story_from_keys', 'read_gguf', 'read_own', 'vllm_lens_payload', 'write_lm_eval']
 
-# %% ../nbs/reference/exports.ipynb #8390ea54
+# %% ../nbs/reference/exports.ipynb #cb75dd0f
 import base64
 import io
 import os
@@ -34,7 +34,7 @@ from steering_vectors.files import (
 )
 from .layers import LayerType, ModelLayerConfig, resolve_layer_numbers, resolve_layers
 
-# %% ../nbs/reference/exports.ipynb #6b4499ef
+# %% ../nbs/reference/exports.ipynb #246e1d90
 def scaled(
     layer_activations: Mapping[int, Tensor],  # each (d,)
     multiplier: float,  # folded into the tensors
@@ -64,7 +64,7 @@ def for_whole_blocks(
     if early := [n for n in layer_activations if n < first]:
         raise ValueError(f"{engine} cannot steer block {early[0]}. Leave it out: vector[{first}:].")
 
-# %% ../nbs/reference/exports.ipynb #9f155ad8
+# %% ../nbs/reference/exports.ipynb #533bf8af
 def import_gguf() -> ModuleType:  # the package `gguf`
     "llama.cpp's package for its files, or how to get it."
     try:
@@ -75,7 +75,7 @@ def import_gguf() -> ModuleType:  # the package `gguf`
         ) from e
     return gguf
 
-# %% ../nbs/reference/exports.ipynb #7af91f41
+# %% ../nbs/reference/exports.ipynb #8766de61
 def write_gguf(
     path: str | os.PathLike[str],  # conventionally `something.gguf`
     layer_activations: Mapping[int, Tensor],  # each (d,)
@@ -97,7 +97,7 @@ def write_gguf(
     }
     write_atomically(path, gguf_bytes(texts, {f"direction.{n}": v for n, v in vs.items()}))
 
-# %% ../nbs/reference/exports.ipynb #145260b8
+# %% ../nbs/reference/exports.ipynb #78273f82
 def gguf_bytes(
     texts: Mapping[str, str],  # by key
     tensors: Mapping[str, Tensor],  # by name, each (d,), float32
@@ -116,7 +116,7 @@ def gguf_bytes(
         writer.close()
         return (Path(folder) / "v.gguf").read_bytes()
 
-# %% ../nbs/reference/exports.ipynb #5cf3a639
+# %% ../nbs/reference/exports.ipynb #33e388e1
 def written_by(
     keys: Mapping[str, tuple[str, Any]],  # GGUF type and value, by key
 ) -> str:  # a program's name
@@ -133,7 +133,7 @@ def written_by(
         return "cvector-generator"
     return "EasySteer" if "controlvector.method" in keys else "repeng"
 
-# %% ../nbs/reference/exports.ipynb #21c0c8a3
+# %% ../nbs/reference/exports.ipynb #298dc8d6
 def open_gguf(
     path: str | os.PathLike[str],  # any file
 ) -> tuple[dict[str, tuple[str, Any]], dict[str, Tensor]]:  # GGUF type and value by key, tensors by name
@@ -161,7 +161,7 @@ def gguf_value(
         return bytes(field.parts[field.data[0]]).decode()
     return None if field.types[0].name == "ARRAY" else field.parts[field.data[0]][0].item()
 
-# %% ../nbs/reference/exports.ipynb #a9b25af5
+# %% ../nbs/reference/exports.ipynb #52e7b814
 def story_from_keys(
     keys: Mapping[str, tuple[str, Any]],  # GGUF type and value, by key
     writer: str,  # as `written_by` has it
@@ -180,7 +180,7 @@ def story_from_keys(
         note=f"read from a control vector of {writer}",
     )
 
-# %% ../nbs/reference/exports.ipynb #a1100b9c
+# %% ../nbs/reference/exports.ipynb #7d022387
 DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,8})")
 
 
@@ -211,7 +211,7 @@ def read_gguf(
         warnings.warn(OFF_BY_ONE.format(path=os.fspath(path)), stacklevel=2)
     return VectorFile(layers, layer_type, story)
 
-# %% ../nbs/reference/exports.ipynb #7b57b6c3
+# %% ../nbs/reference/exports.ipynb #d898ed92
 OFF_BY_ONE = (
     "{path} was written by llama.cpp's cvector-generator, which reads a direction at the output of one block and has it "
     "added at the next. The numbers are kept as llama.cpp runs them; layer_shift=-1 puts each where it was read."
@@ -228,7 +228,7 @@ def read_own(
         raise ValueError("its contents do not match its checksum, so something in it was changed.")
     return read_header(header)
 
-# %% ../nbs/reference/exports.ipynb #2fb2e5de
+# %% ../nbs/reference/exports.ipynb #1da72e19
 def vllm_lens_payload(
     layer_activations: Mapping[int, Tensor],  # each (d,)
     layer_type: LayerType,  # "decoder_block", or it is refused
@@ -243,7 +243,7 @@ def vllm_lens_payload(
     rules = {"norm_match": False, "position_indices": None}
     return {"activations": tensor, "layer_indices": list(vs), "scale": float(multiplier)} | rules
 
-# %% ../nbs/reference/exports.ipynb #7957afbf
+# %% ../nbs/reference/exports.ipynb #ba4d4230
 def write_lm_eval(
     path: str | os.PathLike[str],  # the harness wants `something.pt`
     layer_activations: Mapping[int, Tensor],  # each (d,)

@@ -1,0 +1,184 @@
+"""Algebra, files and display of the vector: laws, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steering_vectors import SteeringVector
+from steering_vectors.demo import tiny_model
+from steering_vectors.files import Provenance
+
+D = 8
+
+
+def vector(seed, layers=(0, 1), dtype=torch.float32, layer_type="decoder_block", d=D, **story):
+    g = torch.Generator().manual_seed(seed)
+    made = {n: torch.randn(d, generator=g).to(dtype) for n in layers}
+    return SteeringVector(made, layer_type, Provenance(**story))
+
+
+def close(a, b, **how):
+    assert a.layer_activations.keys() == b.layer_activations.keys() and a.layer_type == b.layer_type
+    for n, v in a.layer_activations.items():
+        torch.testing.assert_close(v, b.layer_activations[n], **how)
+
+
+layer_sets = st.sets(st.integers(0, 5), min_size=1).map(sorted)
+numbers = st.floats(-100, 100).filter(lambda x: x == 0 or abs(x) > 1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9), layer_sets, st.integers(0, 9), layer_sets, numbers, numbers)
+def test_the_laws_of_a_vector_space(seed, some, other_seed, others, x, y):
+    v, w = vector(seed, some, torch.float64), vector(other_seed + 10, others, torch.float64)
+    close(v + w, w + v)
+    close((v + w) + v, v + (w + v))
+    close(x * (v + w), x * v + x * w)
+    close((x + y) * v, x * v + y * v)
+    close(x * (y * v), (x * y) * v)
+    close(v - w, v + -w)
+    close(-v, -1 * v)
+    assert sorted((v + w).layer_activations) == sorted({*some, *others})
+    for n in some:
+        torch.testing.assert_close(((v + w) - w).layer_activations[n], v.layer_activations[n])
+    for n in set(others) - set(some):
+        assert not ((v + w) - w).layer_activations[n].any()
+    if x:
+        close(v * x / x, v)
+
+
+def test_operations_leave_their_operands_alone():
+    v, w = vector(0), vector(1, (1, 2))
+    before = {n: t.clone() for n, t in v.layer_activations.items()}
+    for made in (v + w, v - w, 2 * v, v / 3, -v, v.normalize(), w + v, v[0], v[1].at([3, 4])):
+        for t in made.layer_activations.values():
+            t_new = t.clone().add_(1)
+            assert t_new is not t
+    assert all(torch.equal(t, before[n]) for n, t in v.layer_activations.items()) and list(v.layer_activations) == [
+        0,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("number", [2, 2.0, np.float32(2), np.int64(2), torch.tensor(2.0), np.array(2)])
+def test_any_number_scales(number):
+    for made in (vector(0) * number, number * vector(0)):
+        assert isinstance(made, SteeringVector)
+        close(made, vector(0) + vector(0))
+
+
+@pytest.mark.parametrize("thing", ["2", True, [2], None, torch.ones(2), np.ones(2), vector(1)])
+def test_anything_else_does_not(thing):
+    for act in (lambda v: v * thing, lambda v: v / thing):
+        with pytest.raises(TypeError):
+            act(vector(0))
+
+
+@pytest.mark.parametrize("act, error, words", [
+    (lambda v: v + vector(1, layer_type="mlp"), ValueError, "`decoder_block`, the other to `mlp`"),
+    (lambda v: v - vector(1, d=4), ValueError, "4 and 8 wide"),
+    (lambda v: v + vector(1, (-1,)), ValueError, "Layer -1 counts from the end"),
+    (lambda v: v.cosine_similarity(vector(1, (5,))), ValueError, "no layer in common: 0–1 and 5"),
+    (lambda v: v.cosine_similarity(vector(1, layer_type="mlp")), ValueError, "nothing to do with each other"),
+    (lambda v: (0 * v).normalize(), ValueError, "layer 0 is zero"),
+    (lambda v: v / 0, ZeroDivisionError, "divided by zero"),
+    (lambda v: v * math.inf, ValueError, "scaled by inf"),
+    (lambda v: v + 1, TypeError, "unsupported operand"),
+    (lambda v: sum([v, v]), TypeError, "unsupported operand"),
+])  # fmt: skip
+def test_what_has_no_meaning_is_refused(act, error, words):
+    with pytest.raises(error, match=words):
+        act(vector(0))
+
+
+def test_negative_layers_add_among_themselves():
+    assert list((vector(0, (-1, -2)) + vector(1, (-1,))).layer_activations) == [-2, -1]
+
+
+def test_types_meet_in_the_wider_one():
+    made = vector(0, dtype=torch.bfloat16) + vector(1, (1, 2))
+    assert [v.dtype for v in made.layer_activations.values()] == [torch.bfloat16, torch.float32, torch.float32]
+    assert (2 * vector(0, dtype=torch.float16)).layer_activations[0].dtype == torch.float16
+
+
+def test_lengths_and_angles_survive_float16():
+    v = SteeringVector({0: torch.full((64,), 60000.0, dtype=torch.float16)})
+    assert "norm 4.8e+05" in repr(v)
+    assert v.cosine_similarity(v)[0] == pytest.approx(1)
+    assert float(v.normalize().layer_activations[0].double().norm()) == pytest.approx(1, rel=1e-3)
+    tiny = SteeringVector({0: torch.full((4,), 1e-300, dtype=torch.float64)})
+    assert tiny.cosine_similarity(-tiny)[0] == pytest.approx(-1)
+    assert (0 * v).cosine_similarity(v)[0] == 0
+
+
+def test_gradients_flow_through_the_algebra():
+    t = torch.ones(D, requires_grad=True)
+    made = 2 * SteeringVector({0: t}) - SteeringVector({0: t}) / 2
+    made.layer_activations[0].sum().backward()
+    assert torch.equal(t.grad, torch.full((D,), 1.5))
+
+
+def test_a_sum_claims_only_what_holds_of_both():
+    a = vector(0, model_id="m", num_pairs=3, aggregator="mean", activation_norms={0: 1.0}, suggested_multiplier=2)
+    b = vector(1, model_id="m", num_pairs=4, aggregator="mean", activation_norms={0: 9.0, 1: 2.0}, note="b")
+    assert (a + b).provenance == Provenance(model_id="m", aggregator="mean", activation_norms={0: 1.0, 1: 2.0})
+    assert (a + vector(1, model_id="n", activation_norms={1: 2.0})).provenance == Provenance()
+    assert (4 * a).provenance.suggested_multiplier == 0.5 and (a / 4).provenance.suggested_multiplier == 8
+    assert (0 * a).provenance.suggested_multiplier is None and a.normalize().provenance.suggested_multiplier is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_laws_hold_of_what_the_model_does(kind, dtype):
+    model, ids = tiny_model(kind, dtype=dtype), torch.arange(3, 15).view(2, 6)
+    v, w = vector(0, (0, 1), dtype, d=32), vector(1, (1, 2), dtype, d=32)
+
+    def logits(*contexts):
+        handles = [made.apply(model, multiplier=m).attach() for made, m in contexts]
+        try:
+            with torch.no_grad():
+                return model(ids).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    plain = logits()
+    assert torch.equal(logits((2 * v, 1)), logits((v, 2)))
+    assert torch.equal(logits((-v, 1)), logits((v, -1)))
+    assert torch.equal(logits((0 * v, 1)), plain)
+    assert not torch.equal(logits((v, 1)), plain)
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits((v + w, 1)), logits((v, 1), (w, 1)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits((v + w - w, 1)), logits((v, 1)), atol=1e-5, rtol=1e-5)
+
+
+def test_the_methods_keep_and_ship(tmp_path):
+    v = vector(0, (1, 2), model_id="someone/tiny", model_type="llama", num_pairs=3, read_position="-1")
+    v.save(tmp_path / "v.safetensors")
+    v.save_pretrained(str(tmp_path / "v"))
+    v.to_gguf(tmp_path / "v.gguf")
+    for back in (
+        SteeringVector.load(str(tmp_path / "v.safetensors")),
+        SteeringVector.from_pretrained(tmp_path / "v"),
+        SteeringVector.from_gguf(tmp_path / "v.gguf"),
+    ):
+        assert back == v and back.provenance == v.provenance and type(back) is SteeringVector
+    assert v.to_vllm_lens(2)["scale"] == 2
+
+
+def test_what_a_person_sees():
+    v = vector(
+        0, (1, 2), model_id="someone/tiny", num_pairs=3, aggregator="mean_aggregator", activation_norms={1: 10.0}
+    )
+    assert repr(v).endswith("of someone/tiny)") and "layers 1–2" in repr(v)
+    table = v._repr_markdown_()
+    for words in ("2 layers", "model: someone/tiny · 3 pairs · mean_aggregator", "| 10 |"):
+        assert words in table
+    many = vector(0, range(40))._repr_markdown_()
+    assert many.count("\n") < 20 and "| 39 |" in many and "…" in many and "made by hand" in many
+    assert "no layers" in repr(SteeringVector({}))
+    assert isinstance(SteeringVector({})._repr_markdown_(), str)
