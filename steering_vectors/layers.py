@@ -325,25 +325,7 @@ def _names_nothing(model: nn.Module, layer_type: LayerType, name_of: Callable[[i
         f"What repeats: {lists}."
     )
 
-# %% ../nbs/reference/layers.ipynb #b10a4583
-def resolve_layer_numbers(
-    wanted: Iterable[int],  # negative ones count from the last block
-    found: Mapping[int, str],  # what `resolve_layers` gave
-    layer_type: str,  # for the words of a message
-) -> list[int]:  # the same layers, counted from 0
-    "Check that each of `wanted` exists, and count all of them from the front."
-    total = getattr(found, "num_blocks", max(found, default=-1) + 1)
-    said: dict[int, int] = {}
-    for number in wanted:
-        n = number + total if number < 0 else number
-        if n not in found:
-            raise ValueError(_no_such_layer(number, 0 <= n < total, found, total, layer_type))
-        if n in said:
-            raise ValueError(f"{said[n]} and {number} are the same layer, {n} of {total}. Name each layer once.")
-        said[n] = number
-    return list(said)
-
-
+# %% ../nbs/reference/layers.ipynb #3f3b916d
 def _no_such_layer(number: int, in_range: bool, found: Mapping[int, str], total: int, layer_type: str) -> str:
     "What to say about a layer that is not there."
     if in_range:
@@ -363,6 +345,24 @@ def _spans(numbers: Iterable[int]) -> str:
         else:
             spans.append([n])
     return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+
+# %% ../nbs/reference/layers.ipynb #d5a78023
+def resolve_layer_numbers(
+    wanted: Iterable[int],  # negative ones count from the last block
+    found: Mapping[int, str],  # what `resolve_layers` gave
+    layer_type: str,  # for the words of a message
+) -> list[int]:  # the same layers, counted from 0
+    "Check that each of `wanted` exists, and count all of them from the front."
+    total = getattr(found, "num_blocks", max(found, default=-1) + 1)
+    said: dict[int, int] = {}
+    for number in wanted:
+        n = number + total if number < 0 else number
+        if n not in found:
+            raise ValueError(_no_such_layer(number, 0 <= n < total, found, total, layer_type))
+        if n in said:
+            raise ValueError(f"{said[n]} and {number} are the same layer, {n} of {total}. Name each layer once.")
+        said[n] = number
+    return list(said)
 
 # %% ../nbs/reference/layers.ipynb #29ece951
 def block_holder(

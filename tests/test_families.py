@@ -4,6 +4,7 @@ The law: steered with a cache equals steered without one, token by token. Both s
 which use no cache and hooks of their own, on logits of every step in float64.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,9 @@ def test_part(family: Any, layer_type: str, request: pytest.FixtureRequest) -> N
     "A part runs where its name says that it runs, and steering it changes the logits; a family without one says so."
     model, names = family.model, family.found[layer_type]
     if not names:
+        words = {"self_attn": "attention|attn", "mlp": "mlp|feedforward"}.get(layer_type, "$.")
+        inside = [m for name in family.found["decoder_block"].values() for m in model.get_submodule(name).modules()]
+        assert family.name == "xlm" or not [m for m in inside if re.search(words, type(m).__name__, re.IGNORECASE)]
         return ok(request, "none")
     order: list[tuple[str, str, int]] = []
     hooks = []
@@ -245,6 +249,7 @@ def test_every_listed_family_is_still_there() -> None:
     missing = set(LISTED) - set(families.CAUSAL)
     assert not missing, f"no longer in transformers: {sorted(missing)}"
     assert not set(LISTED) & set(families.CANNOT)
+    assert len(LISTED) >= 128
 
 
 def table() -> str:
