@@ -33,6 +33,16 @@ def import_for_types() -> None:
     exec_show_docs.begin = begin_with_types
 
 
+def keep_inside(site: Path) -> None:
+    "Let pages with maths load KaTeX from the site itself."
+    for page in site.rglob("*.html"):
+        up = "../" * (len(page.relative_to(site).parts) - 1)
+        text = page.read_text(encoding="utf-8")
+        own = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist", f"{up}widgets/katex", text)
+        if own != text:
+            page.write_text(own, encoding="utf-8")
+
+
 def build() -> None:
     "Stage the pages, then render them."
     import nbdev.doclinks
@@ -53,6 +63,7 @@ def build() -> None:
         problems = smalldocs(stage)
     shutil.rmtree(config.doc_path, ignore_errors=True)
     shutil.move(stage / config.doc_path.name, config.doc_path)
+    keep_inside(Path(config.doc_path))
     print("\n".join([*problems, f"The site is in {config.doc_path.relative_to(ROOT)}/"]))
     if problems:
         sys.exit("Some links lead nowhere.")

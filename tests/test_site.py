@@ -1,0 +1,125 @@
+"""The built site in Chromium: every control moves without a kernel, nothing is fetched from outside, nothing breaks."""
+
+import functools
+import http.server
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Watched, browser, chromium
+
+ROOT = Path(__file__).parents[1]
+SITE = Path(os.environ.get("SITE", ROOT / "_docs"))
+PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html")) if SITE.exists() else []
+GUIDE = [p for p in PAGES if p.startswith("guide/")]
+WITH_CONTROL = [p for p in PAGES if 'class="steer-control"' in (SITE / p).read_text(encoding="utf-8")]
+
+pytestmark = pytest.mark.skipif(not PAGES, reason="the site is not built: scripts/docs build")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def home():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def context():
+    chromium()
+    with browser() as launch:
+        yield launch()
+
+
+def moves(w: Watched, control: Any) -> None:
+    "Go along every picker of a control from end to end; each must change what is shown."
+    handles = control.locator(".noUi-handle")
+    for i in range(handles.count()):
+        handle, seen = handles.nth(i), set()
+        handle.press("Home")
+        steps = int(float(handle.get_attribute("aria-valuemax") or 1))
+        for _ in range(steps + 1):
+            w.page.wait_for_timeout(60)
+            seen.add(w.shown(control))
+            handle.press("ArrowRight")
+        assert len(seen) >= min(steps + 1, 2), f"slider {i} changes nothing"
+    buttons = control.locator(".widget-toggle-button")
+    if buttons.count():
+        seen = set()
+        for i in range(buttons.count()):
+            buttons.nth(i).click()
+            w.page.wait_for_timeout(60)
+            seen.add(w.shown(control))
+        assert len(seen) >= 2, "buttons change nothing"
+
+
+def test_every_guide_page_has_a_control_with_a_slider():
+    without = [p for p in GUIDE if '"SelectionSliderModel"' not in (SITE / p).read_text(encoding="utf-8")]
+    assert not without
+
+
+@pytest.mark.parametrize("path", WITH_CONTROL)
+def test_controls_move_without_a_kernel(home, context, path):
+    w = Watched(context, home)
+    w.page.goto(f"{home}/{path}")
+    controls = w.controls()
+    assert controls
+    for control in controls:
+        assert not control.locator(".steer-fallback").is_visible()
+        assert "Computed for" in control.locator(".steer-grid").inner_text()
+        moves(w, control)
+    assert not w.errors and not w.outside
+    w.page.close()
+
+
+@pytest.mark.parametrize("path", [p for p in WITH_CONTROL if p == "index.html" or p.startswith(("guide/", "tutorials/"))])
+def test_controls_move_from_a_file_and_in_a_narrow_window(context, path):
+    w = Watched(context, SITE.as_uri())
+    w.page.set_viewport_size({"width": 400, "height": 800})
+    w.page.goto((SITE / path).as_uri())
+    for control in w.controls():
+        moves(w, control)
+        assert control.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), "a control is wider than its place"
+    assert w.page.evaluate("document.documentElement.scrollWidth") <= 401
+    assert not w.errors and not w.outside
+    w.page.close()
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_open_without_errors_or_requests_outside(home, context, path):
+    w = Watched(context, home)
+    w.page.goto(f"{home}/{path}")
+    words = w.page.locator("main p, main li").all_inner_texts()
+    assert sum(len(t.split()) for t in words) > 40, "a page without prose"
+    assert not w.errors and not w.outside
+    w.page.close()
+
+
+def test_links_within_the_site_lead_somewhere():
+    import re
+
+    missing = set()
+    for page in PAGES:
+        text = (SITE / page).read_text(encoding="utf-8")
+        for link in re.findall(r'href="([^"#?:]+\.html)(?:#[^"]*)?"', text):
+            if not ((SITE / page).parent / link).resolve().exists():
+                missing.add((page, link))
+    assert not missing
+
+
+def test_search_finds_a_page(home, context):
+    w = Watched(context, home)
+    w.page.goto(f"{home}/index.html")
+    box = w.page.locator("input[type=search], .aa-Input, #quarto-search input, input[placeholder*=earch]").first
+    if not box.is_visible():
+        w.page.locator("#quarto-search button, .aa-DetachedSearchButton, [aria-label*=earch]").first.click()
+    box.fill("ablation")
+    w.page.locator("a[href*=operators]").first.wait_for()
+    w.page.close()
