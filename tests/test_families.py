@@ -153,7 +153,7 @@ def test_steered(family: Any, request: pytest.FixtureRequest) -> None:
 def test_trained(family: Any, request: pytest.FixtureRequest) -> None:
     "A batch of texts of several lengths trains the vector that one text at a time does, and that our own hook reads."
     model, found, tokenizer = family.model, family.found, tiny_tokenizer()
-    if family.name in families.REFUSED:
+    if family.name == "prophetnet":
         with pytest.raises(ValueError, match="Cannot find"), quiet():
             train_steering_vector(model, tokenizer, [("I am glad", "I am sad")])
         return ok(request, "refused")
@@ -168,6 +168,7 @@ def test_trained(family: Any, request: pytest.FixtureRequest) -> None:
             for sign, text in zip((1, -1), pair, strict=True):
                 ids = tokenizer(text, return_tensors="pt").input_ids
                 h = read_by_hand(model, name, ids)
+                h = h.transpose(0, 1) if family.name == "xlnet" else h
                 h = h.mean(0) if h.ndim == 4 and h.shape[1:3] == ids.shape else h.mean(2) if h.ndim == 4 else h
                 total.append(sign * h[0, -1])
         wanted[n] = torch.stack(total).sum(0) / len(pairs)
