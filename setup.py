@@ -11,6 +11,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 pkg = cfg["lib_path"]
+pins = (here / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
 
 setuptools.setup(
     name=cfg["lib_name"],
@@ -30,9 +31,8 @@ setuptools.setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={
-        key.removesuffix("_requirements"): shlex.split(value)
-        for key, value in cfg.items()
-        if key.endswith("_requirements")
+        "demo": shlex.split(cfg["demo_requirements"]),
+        "dev": [pin for pin in pins if pin and not pin.startswith("#")],
     },
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),
