@@ -6,7 +6,7 @@
 __all__ = ['undisturbed', 'Pass', 'padded_pass', 'inner_model', 'PassReader', 'Reach', 'mask_kinds', 'packed_pass',
            'TreeAttention', 'tree_attention', 'Shortcut', 'find_shortcut', 'continued_pass']
 
-# %% ../nbs/reference/passes.ipynb #41da5fe0
+# %% ../nbs/reference/passes.ipynb #7e9b99bc
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from .hooks import get_hidden, read_output
+from .hooks import by_token, get_hidden, read_output
 from .layers import unwrap
 from .packing import Row, ancestor_mask, block_mask, blocks
 from .samples import EncodedText
 
-# %% ../nbs/reference/passes.ipynb #8be3c378
+# %% ../nbs/reference/passes.ipynb #0801b378
 @contextmanager
 def undisturbed(
     model: nn.Module,
@@ -40,7 +40,7 @@ def undisturbed(
             for module, training in modes:
                 module.training = training
 
-# %% ../nbs/reference/passes.ipynb #1dc5d9df
+# %% ../nbs/reference/passes.ipynb #9395c5b5
 class Pass(NamedTuple):
     "The inputs of one forward pass, and what to take from it."
 
@@ -58,7 +58,7 @@ def _pass(inputs: dict[str, Any], wanted: list[tuple[int, int, list[int]]], atte
     counts = [len(cols) for _, _, cols in wanted]
     return Pass(inputs, places[0], places[1], [number for number, _, _ in wanted], counts, attention)
 
-# %% ../nbs/reference/passes.ipynb #4af89829
+# %% ../nbs/reference/passes.ipynb #5c60f26b
 def padded_pass(
     texts: Mapping[int, EncodedText],  # by number
     device: torch.device | str = "cpu",
@@ -72,7 +72,7 @@ def padded_pass(
     wanted = [(number, row, text.read) for row, (number, text) in enumerate(texts.items())]
     return _pass({name: value.to(device) for name, value in inputs.items()}, wanted)
 
-# %% ../nbs/reference/passes.ipynb #64c09597
+# %% ../nbs/reference/passes.ipynb #15e651c6
 def inner_model(
     model: nn.Module,  # maybe wrapped
 ) -> nn.Module:
@@ -89,7 +89,7 @@ def _known_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in known or "input_ids" not in known}
 
-# %% ../nbs/reference/passes.ipynb #14da76e2
+# %% ../nbs/reference/passes.ipynb #700ca0d9
 class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
@@ -102,7 +102,7 @@ class PassReader:
         model: nn.Module,  # what is called
         modules: Mapping[int, nn.Module],  # layer -> the module to read
         leave: bool = True,  # end each pass when all of them have run
-        shortcut: "Shortcut | None" = None,  # a cheaper end of the last module, where it is a block
+        shortcut: Any = None,  # a `Shortcut` for the end of the last module, where it is a block
     ):
         self.model, self.modules, self.leave, self.shortcut = model, modules, leave, shortcut
         self._now: Pass | None = None
@@ -150,7 +150,13 @@ class PassReader:
         now = self._now
         assert now is not None
         b, s = now.inputs["input_ids"].shape
-        return h.view(b, s, -1)[now.rows.to(h.device), now.cols.to(h.device)]
+        if h.ndim == 3 and h.shape[0] == b != s and h.shape[1] > s:
+            h = h[:, -s:]  # the model puts tokens of its own in front
+        elif h.ndim == 3 and h.shape[:2] == (s, b) != (b, s):
+            h = h.transpose(0, 1)  # tokens come first
+        by_row, _ = by_token(h, b, s)
+        wanted = by_row.view(b, s, -1, h.shape[-1])[now.rows.to(h.device), now.cols.to(h.device)]
+        return wanted[:, 0] if wanted.shape[1] == 1 else wanted.mean(1)  # a few families keep several streams a token
 
     def _read_early(self, layer: int, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._now is None or self.shortcut is None:
@@ -169,7 +175,7 @@ def _pooled(h: Tensor, counts: list[int]) -> Tensor:
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     return torch.stack([part.mean(0) for part in wide.split(counts)]).to(h.dtype)
 
-# %% ../nbs/reference/passes.ipynb #7d9be503
+# %% ../nbs/reference/passes.ipynb #d18625cc
 class Reach(NamedTuple):
     "How far back a layer sees."
 
@@ -189,7 +195,7 @@ def mask_kinds(
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     return {kind: reach.get(kind, Reach()) for kind in kinds}
 
-# %% ../nbs/reference/passes.ipynb #51f87b5b
+# %% ../nbs/reference/passes.ipynb #c0a3421c
 def packed_pass(
     row: Row,
     texts: Mapping[int, EncodedText],  # by the numbers that the row uses
@@ -213,7 +219,7 @@ def packed_pass(
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
-# %% ../nbs/reference/passes.ipynb #cf45e744
+# %% ../nbs/reference/passes.ipynb #4ef65f82
 class TreeAttention(TorchFunctionMode):
     "Answer attention over a packed row from the keys that each stretch of it can see."
 
@@ -262,7 +268,7 @@ def tree_attention(
     }
     return TreeAttention(size, cut.keys, {mask.data_ptr(): (mask, few[kind]) for kind, mask in masks.items()})
 
-# %% ../nbs/reference/passes.ipynb #a08fd38b
+# %% ../nbs/reference/passes.ipynb #6f88d5f3
 @dataclass
 class Shortcut:
     "The end of a block: `rest` of what enters `norm`."
@@ -296,7 +302,7 @@ def _ending(norm: nn.Module, mlp: nn.Module, after: nn.Module, x: Tensor) -> Ten
     y: Tensor = x + after(get_hidden(mlp(norm(x))))
     return y
 
-# %% ../nbs/reference/passes.ipynb #382dd6ca
+# %% ../nbs/reference/passes.ipynb #ee6bad12
 def continued_pass(
     model: nn.Module,  # what will run the pass
     texts: Mapping[int, EncodedText],  # by number; all begin alike
@@ -315,9 +321,12 @@ def continued_pass(
     name = "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache_params"
     cache = getattr(model(**_known_inputs(model, begin)), name)
     cache.reorder_cache(torch.zeros(b, dtype=torch.long, device=device))
+    rest_mask = now.inputs[
+        "attention_mask"
+    ]  # a pure state-space model masks what it is given, and has no columns before
     inputs = {
         **now.inputs,
-        "attention_mask": torch.cat([mask.expand(b, -1), now.inputs["attention_mask"]], 1),
+        "attention_mask": rest_mask if name == "cache_params" else torch.cat([mask.expand(b, -1), rest_mask], 1),
         "position_ids": now.inputs["position_ids"] + shared,
         name: cache,
         "use_cache": True,
