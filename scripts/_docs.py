@@ -104,12 +104,13 @@ def readme() -> str:
         source = (cell.get("source") or "").strip()
         if cell.cell_type == "markdown" and source and not source.startswith(("<!--", "```{=html}")):
             parts.append(source)
-        if cell.cell_type == "code":
-            if source and "echo: false" not in source:
+        if cell.cell_type == "code" and "echo: false" not in source:  # those are controls, for pages only
+            if source:
                 parts.append(f"``` python\n{source}\n```")
             parts += filter(None, map(shown, cell.get("outputs", [])))
     site = re.escape(config.doc_host + config.doc_baseurl.rstrip("/") + "/")
     text = re.sub(rf"\]\({site}([\w/]+)\.html(#[^)]*)?\)", r"](nbs/\1.ipynb)", "\n\n".join(parts))
+    text = re.sub(r"\]\(((?:guide|tutorials|explanations|reference)/[\w/]+\.ipynb)", r"](nbs/\1", text)
     return text + "\n"
 
 
