@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHES', 'INPUTS', 'Door', 'named_arguments', 'cache_length', 'Seen', 'Memory', 'Pass', 'read_pass', 'PassTracker']
 
-# %% ../nbs/reference/positions.ipynb #f8715412
+# %% ../nbs/reference/positions.ipynb #948c39fc
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .layers import block_holder, unwrap
 from .tokens import Place, Prompt, Selection, Tokens, select
 
-# %% ../nbs/reference/positions.ipynb #134299c8
+# %% ../nbs/reference/positions.ipynb #7e0be67f
 CACHES = ("past_key_values", "cache_params", "state", "past_buckets_states", "mems")
 INPUTS = ("input_ids", "inputs_embeds", "hidden_states")
 
@@ -42,23 +42,23 @@ def _parameter_names(kind: type) -> list[str]:
         _names[kind] = list(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
     return _names[kind]
 
-# %% ../nbs/reference/positions.ipynb #441dfa2a
+# %% ../nbs/reference/positions.ipynb #97656dd8
 def cache_length(
     cache: Any,                # what the model was given to continue, or None
 ) -> int | Tensor | None:      # columns it holds; a tensor where only the device knows; None where it has no length
     "How many columns a cache holds."
     if cache is None:
         return 0
-    get = getattr(cache, "get_seq_length", None)
     try:
-        length = get() if get is not None else None
-    except (ValueError, TypeError, StopIteration):  # caches made only of states
-        return None
+        length = cache.get_seq_length()
+    except (AttributeError, ValueError):  # made only of states
+        begun = getattr(cache, "has_previous_state", None)
+        length = 0 if callable(begun) and not begun() else None
     if isinstance(length, Tensor):
         return int(length) if length.device.type == "cpu" else length.detach().clone()
     return None if length is None else int(length)
 
-# %% ../nbs/reference/positions.ipynb #a5921da4
+# %% ../nbs/reference/positions.ipynb #c97eeeac
 @dataclass
 class Seen:
     "What is known of one cache."
@@ -94,7 +94,7 @@ class Memory:
             except TypeError:
                 self.strong[id(cache)] = (cache, seen)
 
-# %% ../nbs/reference/positions.ipynb #0b2dd4e7
+# %% ../nbs/reference/positions.ipynb #70a43ea3
 @dataclass(eq=False)
 class Pass:
     "One forward pass: what the model was given, and which of its tokens are meant."
@@ -110,7 +110,7 @@ class Pass:
     seen: Seen | None = None           # what is known of that cache
     masks: dict[Any, bool | Tensor] = field(default_factory=dict)  # worked out so far
 
-# %% ../nbs/reference/positions.ipynb #0b462f7e
+# %% ../nbs/reference/positions.ipynb #880c81aa
 Door = Mapping[str, Any]  # the arguments of one call, by name
 
 
@@ -138,7 +138,7 @@ def _tensor(doors: Sequence[Door], name: str, fits: Callable[[Tensor], bool]) ->
     "The first tensor of that name that fits."
     return next((door[name] for door in doors if isinstance(door.get(name), Tensor) and fits(door[name])), None)
 
-# %% ../nbs/reference/positions.ipynb #00388e5d
+# %% ../nbs/reference/positions.ipynb #b761f132
 def _start(run: Pass, doors: Sequence[Door]) -> int | Tensor:
     "The column of the first token of this pass."
     length = cache_length(run.cache)
@@ -156,7 +156,7 @@ def _start(run: Pass, doors: Sequence[Door]) -> int | Tensor:
         "be told which columns this pass computes. Open the context first, or steer every token."
     )
 
-# %% ../nbs/reference/positions.ipynb #068f8b19
+# %% ../nbs/reference/positions.ipynb #6bab7df3
 def _padding(run: Pass, doors: Sequence[Door]) -> tuple[Tensor | None, bool]:
     "(b, columns) False where a column is padding, None where there is none; and whether that is unclear."
     known = run.seen.real if run.seen is not None and not _at_beginning(run) else None
@@ -177,7 +177,7 @@ def _at_beginning(run: Pass) -> bool:
     "Whether nothing came before this pass."
     return isinstance(run.start, int) and run.start == 0
 
-# %% ../nbs/reference/positions.ipynb #0bd4fb3d
+# %% ../nbs/reference/positions.ipynb #b6f1bfaa
 def _real_from_positions(positions: Tensor) -> Tensor | None:
     "(b, s) False at padding, from (b, s) position ids that count each row's own tokens from 0."
     s = positions.shape[1]
@@ -187,7 +187,7 @@ def _real_from_positions(positions: Tensor) -> Tensor | None:
     real = torch.where(on_the_left, columns >= s - tokens, columns < tokens)
     return None if bool(real.all()) else real
 
-# %% ../nbs/reference/positions.ipynb #4ad6ba10
+# %% ../nbs/reference/positions.ipynb #f5cb1591
 def _check_prompt(run: Pass, prompt: Prompt) -> None:
     "Refuse a prompt that is not what the model is reading."
     if not isinstance(run.start, int) or run.start >= prompt.columns:
@@ -211,7 +211,7 @@ def _check_prompt(run: Pass, prompt: Prompt) -> None:
             "tokens by column there.)"
         )
 
-# %% ../nbs/reference/positions.ipynb #308ce566
+# %% ../nbs/reference/positions.ipynb #d2fb758b
 def _prompt_columns(run: Pass, uncached: Sequence[Tensor]) -> int:
     "Columns of the prompt, where nobody said. `uncached`: ids of the last passes that had no cache."
     if _at_beginning(run):
@@ -244,7 +244,7 @@ def _continues(ids: Tensor, before: Tensor) -> bool:
     n = before.shape[1]
     return n < ids.shape[1] and len(before) == len(ids) and torch.equal(before, ids[:, :n])
 
-# %% ../nbs/reference/positions.ipynb #b9905758
+# %% ../nbs/reference/positions.ipynb #ea579f30
 def _place(run: Pass, prompt: Prompt | None, selection: Selection, device: torch.device, uncached: Sequence[Tensor]) -> Place:
     "Where `run` stands, as far as `selection` has to know."
     columns, lengths, real, unclear = None, None, run.real, run.unclear
@@ -264,7 +264,7 @@ def _place(run: Pass, prompt: Prompt | None, selection: Selection, device: torch
         )
     return Place(run.start, run.batch, run.length, columns, lengths, real, run.ids, device)
 
-# %% ../nbs/reference/positions.ipynb #8cc5d01b
+# %% ../nbs/reference/positions.ipynb #0e0d13a7
 class _Local(threading.local):
     "What one thread is doing."
 
