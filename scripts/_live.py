@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,23 +43,38 @@ def command(page: Path, folder: Path, voila: bool, port: int, show: bool) -> lis
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", nargs="?", default="basic_usage", help="a page by name, as in `basic_usage`")
+    parser.add_argument(
+        "page", nargs="?", default="basic_usage", help="a page by name, as in `basic_usage`, or any notebook"
+    )
     parser.add_argument("--voila", action="store_true", help="show the page without its code")
     parser.add_argument("--port", type=int, default=8888)
     parser.add_argument("--no-browser", action="store_true", help="only serve")
     args, rest = parser.parse_known_args()
-    page = find(args.page)
+    given = Path(args.page)
+    own_page = (
+        given.resolve() if given.suffix == ".ipynb" and given.is_file() and NBS not in given.resolve().parents else None
+    )
+    page = Path(own_page.name) if own_page else find(args.page)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "pages"
         shutil.copytree(NBS, folder, ignore=shutil.ignore_patterns("_*", ".*"))
-        own = {"JUPYTER_CONFIG_DIR": f"{name}/config", "JUPYTER_DATA_DIR": f"{name}/data", "JUPYTER_RUNTIME_DIR": f"{name}/run"}
+        if own_page:
+            shutil.copy(own_page, folder / page)
+        own = {
+            "JUPYTER_CONFIG_DIR": f"{name}/config",
+            "JUPYTER_DATA_DIR": f"{name}/data",
+            "JUPYTER_RUNTIME_DIR": f"{name}/run",
+        }
         serve = command(page, folder, args.voila, args.port, not args.no_browser)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server below ends too
         process = subprocess.Popen([*serve, *rest], env={**os.environ, **own})
         try:
             return process.wait()
         except KeyboardInterrupt:
+            return 0
+        finally:
             process.terminate()
-            return process.wait()
+            process.wait()
 
 
 if __name__ == "__main__":

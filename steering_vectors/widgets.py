@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Html', 'as_html', 'Span', 'Fixed', 'Control', 'token_strip', 'Answer', 'explore']
 
-# %% ../nbs/reference/widgets.ipynb #f1a24c51
+# %% ../nbs/reference/widgets.ipynb #3731ebf1
 import asyncio
 import base64
 import hashlib
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
     from steering_vectors.layers import ModelLayerConfig
 
-# %% ../nbs/reference/widgets.ipynb #a5977ffc
+# %% ../nbs/reference/widgets.ipynb #eb7899fe
 try:
     import ipywidgets as W
 except ImportError as e:
     raise ImportError("Controls need ipywidgets, which is not installed: run `pip install ipywidgets`.") from e
 
-# %% ../nbs/reference/widgets.ipynb #3f6ebba2
+# %% ../nbs/reference/widgets.ipynb #43fdbb0e
 @dataclass(frozen=True)
 class Html:
     "Markup to show, with the plain text that stands for it."
@@ -59,7 +59,7 @@ class Html:
     def __repr__(self) -> str:
         return self.text or self.html
 
-# %% ../nbs/reference/widgets.ipynb #0298a655
+# %% ../nbs/reference/widgets.ipynb #4095f387
 def _png(figure: Any) -> str:  # an <img> tag
     "A matplotlib figure as an image inside the page."
     import matplotlib.pyplot as plt
@@ -71,7 +71,7 @@ def _png(figure: Any) -> str:  # an <img> tag
     code = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{code}">'
 
-# %% ../nbs/reference/widgets.ipynb #21ae20de
+# %% ../nbs/reference/widgets.ipynb #1881a099
 def as_html(
     value: Any,  # text, a matplotlib Axes or Figure, anything with `_repr_html_`, or a list of these
 ) -> str:  # markup
@@ -85,7 +85,7 @@ def as_html(
         return _png(figure)
     return f'<div class="steer-text" style="white-space:pre-wrap;line-height:1.5">{escape(str(value))}</div>'
 
-# %% ../nbs/reference/widgets.ipynb #56dc9ff1
+# %% ../nbs/reference/widgets.ipynb #1253053c
 @dataclass(frozen=True)
 class Span:
     "Any number from `low` to `high` while a kernel runs; only the `marks` without one."
@@ -103,7 +103,7 @@ class Fixed:
     value: Any  # the value a page without a kernel shows
     choices: tuple[Any, ...] = ()  # what a live control offers
 
-# %% ../nbs/reference/widgets.ipynb #278c86f4
+# %% ../nbs/reference/widgets.ipynb #82bb9bcd
 def _label(value: Any) -> str:
     "How a value is written beside its slider."
     if isinstance(value, bool):
@@ -132,7 +132,7 @@ def _words(values: Sequence[Any]) -> bool:
     "Whether an axis is a choice between words rather than along numbers."
     return all(isinstance(v, (str, bool)) for v in values)
 
-# %% ../nbs/reference/widgets.ipynb #ab2a1e58
+# %% ../nbs/reference/widgets.ipynb #7dbd448a
 def _start(axis: Any) -> Any:
     "Where an axis stands before anyone has moved it."
     if isinstance(axis, Fixed):
@@ -140,7 +140,7 @@ def _start(axis: Any) -> Any:
     values = _values(axis)
     return 0.0 if isinstance(axis, Span) and 0 in values else values[0]
 
-# %% ../nbs/reference/widgets.ipynb #afe9f366
+# %% ../nbs/reference/widgets.ipynb #d9af7c40
 def _live_picker(name: str, axis: Any, start: Any) -> Any:
     "What stands for an axis while a kernel runs."
     wide = W.Layout(width="100%", max_width="32em")
@@ -157,7 +157,7 @@ def _live_picker(name: str, axis: Any, start: Any) -> Any:
         return W.ToggleButtons(options=options, style={"button_width": "auto"}, **shared)
     return W.SelectionSlider(options=options, **shared)
 
-# %% ../nbs/reference/widgets.ipynb #346e0849
+# %% ../nbs/reference/widgets.ipynb #2a747901
 class _Models:
     "The state of a set of widgets, as their JavaScript reads it."
 
@@ -174,7 +174,7 @@ class _Models:
         }
         return f"IPY_MODEL_{number}"
 
-# %% ../nbs/reference/widgets.ipynb #c9b5c86d
+# %% ../nbs/reference/widgets.ipynb #c07d59c1
 def _nest(
     models: _Models,
     pickers: Sequence[str],  # one an axis
@@ -192,7 +192,7 @@ def _nest(
     models.add("DirectionalLinkModel", source=[pickers[0], "index"], target=[stack, "selected_index"])
     return stack
 
-# %% ../nbs/reference/widgets.ipynb #0dead616
+# %% ../nbs/reference/widgets.ipynb #1fd533d7
 def _page_picker(models: _Models, name: str, labels: list[str], words: bool, start: int) -> str:
     "The picker of one axis on a page: a row of buttons for words, else a slider."
     shared = {"_options_labels": labels, "index": start, "description": name}
@@ -204,7 +204,7 @@ def _page_picker(models: _Models, name: str, labels: list[str], words: bool, sta
     layout = models.add("LayoutModel", width="100%", max_width="32em")
     return models.add("SelectionSliderModel", style=style, layout=layout, **shared)
 
-# %% ../nbs/reference/widgets.ipynb #ae42d636
+# %% ../nbs/reference/widgets.ipynb #3010e396
 _VIEW = "application/vnd.jupyter.widget-view+json"
 _STATE = "application/vnd.jupyter.widget-state+json"
 _HIDE = "<style>.widget-subarea ~ .steer-fallback { display: none }</style>"
@@ -216,7 +216,7 @@ def _script(kind: str, content: Mapping[str, Any]) -> str:
     text = json.dumps({"version_major": 2, "version_minor": 0, **content}, ensure_ascii=False)
     return f'<script type="{kind}">' + text.replace("</", "<\\/") + "</script>"
 
-# %% ../nbs/reference/widgets.ipynb #632fb3c8
+# %% ../nbs/reference/widgets.ipynb #95754cad
 def _page(
     axes: Mapping[str, tuple[list[str], bool, int]],  # name -> labels, whether they are words, where it starts
     cells: Sequence[str],  # markup of each result, last axis fastest
@@ -241,7 +241,7 @@ def _page(
         f'<p class="steer-grid" {_SMALL}>{escape(caption)}</p></div>'
     )
 
-# %% ../nbs/reference/widgets.ipynb #c4a733a8
+# %% ../nbs/reference/widgets.ipynb #7fbdfda9
 def _shown(markup: str, stale: bool) -> str:
     "The result, faded while it is out of date."
     return f'<div class="steer-output" style="opacity:{0.35 if stale else 1};line-height:1.5" aria-live="polite">{markup}</div>'
@@ -253,7 +253,7 @@ def _problem(error: Exception) -> str:
     style = "border-left:4px solid #D55E00;padding:.4em .8em;white-space:pre-wrap"
     return f'<div class="steer-error" role="alert" style="{style}">{words}</div>'
 
-# %% ../nbs/reference/widgets.ipynb #999d93bf
+# %% ../nbs/reference/widgets.ipynb #d375016c
 class _Later:
     "Call `action` once nobody has asked for `delay` seconds, on the loop that cells run on."
 
@@ -275,7 +275,7 @@ class _Later:
             self.timer.cancel()
         self.timer = self.loop.call_later(self.delay, self.action)
 
-# %% ../nbs/reference/widgets.ipynb #108c04df
+# %% ../nbs/reference/widgets.ipynb #44fc3d99
 def _offer(picker: Any, values: Sequence[Any]) -> None:
     "Add choices that a picker does not have yet, and leave it where it stands."
     here, have = picker.value, [v for _, v in picker.options]
@@ -292,7 +292,7 @@ def _move(picker: Any, value: Any) -> None:
         picker.min, picker.max = min(picker.min, value), max(picker.max, value)
     picker.value = value
 
-# %% ../nbs/reference/widgets.ipynb #aa64dbf8
+# %% ../nbs/reference/widgets.ipynb #bcaa5a21
 def _told(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {_label(value)}" for name, value in values.items())
 
@@ -304,11 +304,12 @@ def _described(
     "The axes that move, and a sentence on the grid."
     values = {name: _values(axis) for name, axis in axes.items()}
     moving = {n: (_labels(v), _words(v), v.index(start[n])) for n, v in values.items() if len(v) > 1}
-    grid = " × ".join(f"{name} {', '.join(labels)}" for name, (labels, _, _) in moving.items())
+    quoted = {n: [f"“{x}”" if " " in x and words else x for x in labels] for n, (labels, words, _) in moving.items()}
+    grid = " × ".join(f"{name} {', '.join(labels)}" for name, labels in quoted.items())
     rest = ", ".join(f"{name}: {_label(v[0])}" for name, v in values.items() if name not in moving)
     return moving, f"Computed for {grid}" + (f"; {rest}" if rest else "") + ". Run the notebook for any other."
 
-# %% ../nbs/reference/widgets.ipynb #30128fdc
+# %% ../nbs/reference/widgets.ipynb #ab5196ab
 def _checked(axes: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
     "Where each axis starts, after a look at whether that is possible."
     if unknown := [name for name in start if name not in axes]:
@@ -322,7 +323,7 @@ def _checked(axes: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any
             )
     return {name: start.get(name, _start(axis)) for name, axis in axes.items()}
 
-# %% ../nbs/reference/widgets.ipynb #31747876
+# %% ../nbs/reference/widgets.ipynb #2ab02deb
 class Control:
     "A function of a few values, with something to move for each of them."
 
@@ -424,7 +425,7 @@ class Control:
         self._box.value = _shown(self._last, stale=True)
         self._later.ask()
 
-# %% ../nbs/reference/widgets.ipynb #90f6d4d6
+# %% ../nbs/reference/widgets.ipynb #c0f87253
 def _token(token: str, value: float, scale: float) -> str:
     "One token with its colour."
     text = escape(token).replace("\n", "↵\n")
@@ -435,7 +436,7 @@ def _token(token: str, value: float, scale: float) -> str:
     style = f"background:rgba({red},{green},{blue},{shade:.2f});box-shadow:inset 0 -2px rgb({red},{green},{blue})"
     return f'<span style="{style}" title="{value:+.3g}">{text}</span>'
 
-# %% ../nbs/reference/widgets.ipynb #7ccfc2dd
+# %% ../nbs/reference/widgets.ipynb #c7d9dc69
 def token_strip(
     values: TokenValues,  # tokens and their numbers
     caption: str | None = None,  # below the text; None says what the numbers are
@@ -449,7 +450,7 @@ def token_strip(
         f'<div class="steer-tokens" style="white-space:pre-wrap;line-height:1.7">{spans}</div>{below}', repr(values)
     )
 
-# %% ../nbs/reference/widgets.ipynb #8d19a482
+# %% ../nbs/reference/widgets.ipynb #28de386d
 def _bars(shift: TokenShift) -> str:
     "Probabilities of the next token as bars: thin and grey unsteered, orange steered."
     rows, most = [], max(*shift.before, *shift.after)
@@ -463,7 +464,7 @@ def _bars(shift: TokenShift) -> str:
         )
     return f'<div style="max-width:32em;font-size:.9em">{"".join(rows)}</div>'
 
-# %% ../nbs/reference/widgets.ipynb #6adb53d5
+# %% ../nbs/reference/widgets.ipynb #20347a56
 @dataclass(frozen=True)
 class Answer:
     "One result of `explore`."
@@ -491,7 +492,7 @@ class Answer:
     def __repr__(self) -> str:
         return f"unsteered: {self.unsteered}\nsteered:   {self.text}"
 
-# %% ../nbs/reference/widgets.ipynb #00dec106
+# %% ../nbs/reference/widgets.ipynb #023911fa
 _OPERATORS: dict[str, PatchDeltaOperator | None] = {
     "add": None,
     "ablate": ablation_operator(),
@@ -506,7 +507,7 @@ def _round_steps(limit: float) -> tuple[float, ...]:
     step = max((s * size for s in (1, 2, 2.5, 5) if 3 * s * size <= limit * 1.001), default=size)
     return tuple(round(i * step, 10) for i in range(-3, 4))
 
-# %% ../nbs/reference/widgets.ipynb #4bccfbce
+# %% ../nbs/reference/widgets.ipynb #11146153
 class _Answers:
     "The view of `explore`: answers by layer, multiplier, prompt, operator and tokens, computed a row at a time."
 
@@ -534,7 +535,7 @@ class _Answers:
         shift = next_token_shift(model, tokenizer, at_layer(vector, layer), prompt, multiplier, 6, **how)
         return Answer(s[layer, 0], s[layer, multiplier], marked, len(new), shift)
 
-# %% ../nbs/reference/widgets.ipynb #66f1778d
+# %% ../nbs/reference/widgets.ipynb #ae7d02fe
 def explore(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",

@@ -38,6 +38,7 @@ def browser() -> Iterator[Callable[..., Any]]:
             )
             stack.callback(context.close)
             context.set_default_timeout(15_000)
+            context.route("**/favicon.ico", lambda route: route.fulfill(status=204))
             return context
 
         yield opened

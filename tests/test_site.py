@@ -79,7 +79,9 @@ def test_controls_move_without_a_kernel(home, context, path):
     w.page.close()
 
 
-@pytest.mark.parametrize("path", [p for p in WITH_CONTROL if p == "index.html" or p.startswith(("guide/", "tutorials/"))])
+@pytest.mark.parametrize(
+    "path", [p for p in WITH_CONTROL if p == "index.html" or p.startswith(("guide/", "tutorials/"))]
+)
 def test_controls_move_from_a_file_and_in_a_narrow_window(context, path):
     w = Watched(context, SITE.as_uri())
     w.page.set_viewport_size({"width": 400, "height": 800})
