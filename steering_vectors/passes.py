@@ -6,7 +6,7 @@
 __all__ = ['undisturbed', 'Pass', 'padded_pass', 'inner_model', 'PassReader', 'Reach', 'mask_kinds', 'packed_pass',
            'TreeAttention', 'tree_attention', 'Shortcut', 'find_shortcut', 'continued_pass']
 
-# %% ../nbs/reference/passes.ipynb #7e9b99bc
+# %% ../nbs/reference/passes.ipynb #ccd9181c
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,7 +24,7 @@ from .layers import unwrap
 from .packing import Row, ancestor_mask, block_mask, blocks
 from .samples import EncodedText
 
-# %% ../nbs/reference/passes.ipynb #0801b378
+# %% ../nbs/reference/passes.ipynb #8be3c378
 @contextmanager
 def undisturbed(
     model: nn.Module,
@@ -40,7 +40,7 @@ def undisturbed(
             for module, training in modes:
                 module.training = training
 
-# %% ../nbs/reference/passes.ipynb #9395c5b5
+# %% ../nbs/reference/passes.ipynb #1dc5d9df
 class Pass(NamedTuple):
     "The inputs of one forward pass, and what to take from it."
 
@@ -58,7 +58,7 @@ def _pass(inputs: dict[str, Any], wanted: list[tuple[int, int, list[int]]], atte
     counts = [len(cols) for _, _, cols in wanted]
     return Pass(inputs, places[0], places[1], [number for number, _, _ in wanted], counts, attention)
 
-# %% ../nbs/reference/passes.ipynb #5c60f26b
+# %% ../nbs/reference/passes.ipynb #4af89829
 def padded_pass(
     texts: Mapping[int, EncodedText],  # by number
     device: torch.device | str = "cpu",
@@ -72,7 +72,7 @@ def padded_pass(
     wanted = [(number, row, text.read) for row, (number, text) in enumerate(texts.items())]
     return _pass({name: value.to(device) for name, value in inputs.items()}, wanted)
 
-# %% ../nbs/reference/passes.ipynb #15e651c6
+# %% ../nbs/reference/passes.ipynb #64c09597
 def inner_model(
     model: nn.Module,  # maybe wrapped
 ) -> nn.Module:
@@ -89,7 +89,7 @@ def _known_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in known or "input_ids" not in known}
 
-# %% ../nbs/reference/passes.ipynb #700ca0d9
+# %% ../nbs/reference/passes.ipynb #45ca800d
 class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
@@ -175,7 +175,7 @@ def _pooled(h: Tensor, counts: list[int]) -> Tensor:
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     return torch.stack([part.mean(0) for part in wide.split(counts)]).to(h.dtype)
 
-# %% ../nbs/reference/passes.ipynb #d18625cc
+# %% ../nbs/reference/passes.ipynb #7d9be503
 class Reach(NamedTuple):
     "How far back a layer sees."
 
@@ -195,7 +195,7 @@ def mask_kinds(
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     return {kind: reach.get(kind, Reach()) for kind in kinds}
 
-# %% ../nbs/reference/passes.ipynb #c0a3421c
+# %% ../nbs/reference/passes.ipynb #51f87b5b
 def packed_pass(
     row: Row,
     texts: Mapping[int, EncodedText],  # by the numbers that the row uses
@@ -219,7 +219,7 @@ def packed_pass(
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
-# %% ../nbs/reference/passes.ipynb #4ef65f82
+# %% ../nbs/reference/passes.ipynb #cf45e744
 class TreeAttention(TorchFunctionMode):
     "Answer attention over a packed row from the keys that each stretch of it can see."
 
@@ -268,7 +268,7 @@ def tree_attention(
     }
     return TreeAttention(size, cut.keys, {mask.data_ptr(): (mask, few[kind]) for kind, mask in masks.items()})
 
-# %% ../nbs/reference/passes.ipynb #6f88d5f3
+# %% ../nbs/reference/passes.ipynb #a08fd38b
 @dataclass
 class Shortcut:
     "The end of a block: `rest` of what enters `norm`."
@@ -302,7 +302,7 @@ def _ending(norm: nn.Module, mlp: nn.Module, after: nn.Module, x: Tensor) -> Ten
     y: Tensor = x + after(get_hidden(mlp(norm(x))))
     return y
 
-# %% ../nbs/reference/passes.ipynb #ee6bad12
+# %% ../nbs/reference/passes.ipynb #eb565ae6
 def continued_pass(
     model: nn.Module,  # what will run the pass
     texts: Mapping[int, EncodedText],  # by number; all begin alike

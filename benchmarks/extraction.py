@@ -1,0 +1,343 @@
+#!/usr/bin/env python3
+"""Time and memory of training, side by side with steering-vectors 0.12.2, in turn, in one run.
+
+    python benchmarks/extraction.py [FILE.jsonl ...]          # the table; no file: a generated set of questions
+    python benchmarks/extraction.py --limit [FILE.jsonl]      # 1,000 pairs against one bare pass over the same rows
+    python benchmarks/extraction.py --memory                  # 20,000 short pairs against 2,000
+    python benchmarks/extraction.py --bfloat16 [FILE.jsonl]   # how far from float32, and whether branches leak
+
+A file holds one question a line, as {"question", "answer_matching_behavior", "answer_not_matching_behavior"}. Each question
+goes through the model's chat template, and the two answers make the pair. Either library runs in a process of its own, since
+both are imported under one name; the older one is installed into a cache folder first. `--json FILE` keeps the numbers.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OLD = "steering-vectors==0.12.2"
+
+
+# --- samples
+
+
+def generated(n: int) -> list[dict[str, str]]:
+    "Questions nobody wrote, where no file is given."
+    things = "kindness science money honesty risk music silence power order humour patience speed".split()
+    verbs = "value avoid admire question praise enjoy fear study".split()
+    asked = [f"Do you {v} {a} more than {b}?" for v in verbs for a in things for b in things if a != b]
+    return [
+        {"question": q, "answer_matching_behavior": "Yes", "answer_not_matching_behavior": "No"}
+        for q in (asked * (n // len(asked) + 1))[:n]
+    ]
+
+
+def rows_of(path: str | None, n: int) -> list[dict[str, str]]:
+    if path is None:
+        return generated(n)
+    return [json.loads(line) for line in Path(path).read_text().splitlines()[:n]]
+
+
+def pairs_of(tokenizer: Any, path: str | None, n: int) -> list[tuple[str, str]]:
+    "Question and answer in the chat template, as text: what both libraries can take."
+    pairs = []
+    for row in rows_of(path, n):
+        chat = [{"role": "user", "content": row["question"]}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        answers = row["answer_matching_behavior"], row["answer_not_matching_behavior"]
+        pairs.append(tuple(text + answer.strip() for answer in answers))
+    return pairs
+
+
+def distinct(tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[int, int]:
+    "Distinct beginnings, and tokens in all."
+    ids = [tuple(tokenizer(text)["input_ids"]) for pair in pairs for text in pair]
+    return len({i[:k] for i in ids for k in range(1, len(i) + 1)}), sum(map(len, ids))
+
+
+# --- a worker: one library, one model, jobs from standard input
+
+
+def rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def worker(folder: str, dtype: str, device: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    from steering_vectors import train_steering_vector
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    model(**tokenizer("warm", return_tensors="pt").to(device))
+    before = rss()
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        pairs = pairs_of(tokenizer, job["file"], job["pairs"])
+        kwargs = {"batch_size": job["batch_size"]} if job["batch_size"] else {}
+        wall, cpu = time.perf_counter(), time.process_time()
+        vector = train_steering_vector(model, tokenizer, pairs, layers=job["layers"], **kwargs)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        if job["save"]:
+            torch.save({layer: v.float().cpu() for layer, v in vector.layer_activations.items()}, job["save"])
+        print(json.dumps({"wall": wall, "cpu": cpu, "extra": rss() - before}), flush=True)
+
+
+class Worker:
+    "A process that runs one of the two libraries."
+
+    def __init__(self, folder: str, dtype: str, device: str, library: Path | None = None):
+        path = str(library) if library else str(ROOT)
+        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--worker", folder, "--dtype", dtype, "--device", device]
+        self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"A worker ended with code {self.process.wait()}; its error is above.")
+        return dict(json.loads(line))
+
+    def __call__(self, **job: Any) -> dict[str, Any]:
+        assert self.process.stdin
+        print(json.dumps({"batch_size": None, "save": None, **job}), file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def old_library() -> Path:
+    "The folder with the older library, installed on first use."
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steering_vectors" / "peers" / "0.12.2"
+    if not (cache / "steering_vectors").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(cache), OLD]
+        subprocess.run(command, check=True)
+    return cache
+
+
+# --- what is measured
+
+
+def table(folder: str, tokenizer: Any, files: list[str | None], args: argparse.Namespace) -> list[dict[str, Any]]:
+    "Both libraries, every file, all layers and one."
+    import torch
+
+    library, found = old_library(), []
+    print(f"{'questions':24s} {'layers':>6s} {'distinct/all tokens':>20s} {'0.12: 1':>9s} {'8':>8s} {'16':>8s} {'ours':>8s} "
+          f"{'first':>8s} {'ratio':>6s} {'best':>6s} {'(cpu':>6s} {'best)':>6s} {'memory, MB':>14s} {'apart':>8s}")  # fmt: skip
+    for file in files:
+        few, total = distinct(tokenizer, pairs_of(tokenizer, file, args.pairs))
+        for layers in (None, [15]):
+            with (
+                tempfile.TemporaryDirectory() as temp,
+                Worker(folder, args.dtype, args.device) as ours,
+                Worker(folder, args.dtype, args.device, library) as theirs,
+            ):
+                job = {"file": file, "pairs": args.pairs, "layers": layers}
+                first = ours(**job, save=f"{temp}/ours.pt")  # the check included
+                memory = [first["extra"], theirs(**job, batch_size=1, save=f"{temp}/theirs.pt")["extra"]]
+                rounds = []
+                for _ in range(args.repeats):
+                    old = {size: theirs(**job, batch_size=size) for size in (1, 8, 16)}
+                    rounds.append({"ours": ours(**job), **old})
+                best = {clock: {who: min(r[who][clock] for r in rounds) for who in ("ours", 1, 8, 16)} for clock in ("wall", "cpu")}
+                a, b = torch.load(f"{temp}/theirs.pt"), torch.load(f"{temp}/ours.pt")
+            apart = max(float((a[n] - b[n]).norm() / a[n].norm()) for n in a)
+            name = Path(file).stem if file else "generated"
+            wall, cpu = best["wall"], best["cpu"]
+            line = {
+                "questions": name, "layers": "all" if layers is None else layers[0], "distinct": few, "tokens": total,
+                "seconds": {str(who): s for who, s in wall.items()}, "cpu": {str(who): s for who, s in cpu.items()},
+                "first": first["wall"], "ratio": wall[1] / wall["ours"],
+                "ratio_best": min(wall[1], wall[8], wall[16]) / wall["ours"], "cpu_ratio": cpu[1] / cpu["ours"],
+                "cpu_ratio_best": min(cpu[1], cpu[8], cpu[16]) / cpu["ours"], "memory": memory, "apart": apart,
+            }  # fmt: skip
+            found.append(line)
+            print(f"{name[:24]:24s} {line['layers']!s:>6s} {f'{few}/{total} = 1/{total / few:.1f}':>20s} {wall[1]:9.2f} {wall[8]:8.2f} {wall[16]:8.2f} "
+                  f"{wall['ours']:8.2f} {first['wall']:8.2f} {line['ratio']:5.1f}x {line['ratio_best']:5.1f}x {line['cpu_ratio']:5.1f}x "
+                  f"{line['cpu_ratio_best']:5.1f}x {memory[0] / 1e6:6.0f} /{memory[1] / 1e6:6.0f} {apart:8.1e}", flush=True)  # fmt: skip
+    return found
+
+
+def limit(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, float]:
+    "Training on many pairs, against one bare pass of the base model over the same packed rows."
+    import torch
+
+    from steering_vectors import train_steering_vector
+    from steering_vectors.extraction import _verdicts, jobs, Way, token_budget_of
+    from steering_vectors.passes import inner_model
+    from steering_vectors.samples import encode_samples
+
+    pairs = pairs_of(tokenizer, file, n)
+    texts = dict(enumerate(text for pair in encode_samples(tokenizer, pairs) for text in pair))
+    inner = inner_model(model)
+    packed = [job.make() for job in jobs(Way("packed"), inner, texts, token_budget_of(model))]
+
+    def bare() -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        with torch.no_grad():
+            for one in packed:
+                with one.attention:
+                    inner(**one.inputs, use_cache=False)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def train() -> tuple[float, float]:
+        _verdicts.clear()  # the check belongs to the time
+        wall, cpu = time.perf_counter(), time.process_time()
+        train_steering_vector(model, tokenizer, pairs)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    rounds = [(bare(), train()) for _ in range(2)]
+    passes, trained = ([min(r[i][clock] for r in rounds) for clock in (0, 1)] for i in (0, 1))
+    tokens = sum(one.inputs["input_ids"].numel() for one in packed)
+    print(f"{len(pairs)} pairs, {tokens} tokens in {len(packed)} rows: bare pass {passes[0]:.2f} s, training {trained[0]:.2f} s, "
+          f"{trained[0] / passes[0]:.3f} times (processor time: {passes[1]:.2f} s, {trained[1]:.2f} s, {trained[1] / passes[1]:.3f} times)")  # fmt: skip
+    return {"pairs": len(pairs), "tokens": tokens, "bare": passes[0], "training": trained[0], "times": trained[0] / passes[0],
+            "cpu_times": trained[1] / passes[1]}  # fmt: skip
+
+
+def memory_of(n: int) -> None:
+    "Peak extra memory of training on `n` short pairs, in this fresh process."
+    from steering_vectors import train_steering_vector
+    from steering_vectors.demo import tiny_model, tiny_tokenizer
+
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+
+    def pairs(n: int) -> Iterator[tuple[str, str]]:
+        for i in range(n):
+            yield f"Is {i} a good number? Yes", f"Is {i} a good number? No"
+
+    train_steering_vector(model, tokenizer, pairs(8))
+    before = rss()
+    train_steering_vector(model, tokenizer, pairs(n))
+    print(rss() - before)
+
+
+def memory() -> dict[str, float]:
+    "Fresh processes for 2,000 and for 20,000 pairs."
+    extra = {}
+    for n in (2_000, 20_000):
+        command = [sys.executable, __file__, "--memory-of", str(n)]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True, check=True)
+        extra[n] = int(done.stdout.split()[-1])
+        print(f"{n:6d} pairs: {extra[n] / 1e6:.1f} MB beyond the model")
+    print(f"ratio {extra[20_000] / extra[2_000]:.2f}")
+    return {"2000": extra[2_000], "20000": extra[20_000], "ratio": extra[20_000] / extra[2_000]}
+
+
+def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, float]:
+    "In bfloat16: how far from float32 the plain and the packed vectors are, and whether a branch sees its siblings."
+    import torch
+
+    from steering_vectors.extraction import Request, Way, _read, collect, jobs
+    from steering_vectors.passes import PassReader, inner_model
+    from steering_vectors.samples import EncodedText, encode_samples
+
+    pairs = pairs_of(tokenizer, file, n)
+
+    def mean(model: Any, way: Way) -> dict[int, Any]:
+        inner, modules = inner_model(model), Request().modules(model)
+        texts = dict(enumerate(text for pair in encode_samples(tokenizer, pairs) for text in pair))
+        with torch.no_grad(), PassReader(inner, modules) as reader:
+            acts = _read(reader, jobs(way, inner, texts, 2048), list(texts))
+        return {layer: h[0::2].float().mean(0) - h[1::2].float().mean(0) for layer, h in acts.items()}
+
+    exact = mean(model, Way("single"))
+    model = model.to(torch.bfloat16)
+
+    def apart(a: dict[int, Any]) -> float:
+        return max(float((a[n] - exact[n]).norm() / exact[n].norm()) for n in exact)
+
+    plain, packed = apart(mean(model, Way("single"))), apart(mean(model, Way("packed")))
+    print(f"bfloat16 from float32: one text at a time {plain:.3f}, packed rows {packed:.3f}")
+    texts = dict(enumerate(text for pair in encode_samples(tokenizer, pairs) for text in pair))
+    changed = {**texts, 1: EncodedText([*texts[1].ids[:-1], texts[1].ids[-1] + 1], texts[1].read)}
+    inner, modules = inner_model(model), Request().modules(model)
+    with torch.no_grad(), PassReader(inner, modules) as reader:
+        order = [n for n in texts if n != 1]
+        a, b = (_read(reader, jobs(Way("packed"), inner, t, 4096), order) for t in (texts, changed))
+    leaks = sum(not torch.equal(a[layer], b[layer]) for layer in a)
+    print(f"one branch changed: {leaks} of {len(a)} layers differ in any other text")
+    _ = collect
+    return {"plain": plain, "packed": packed, "leaks": leaks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--model", help="a folder or a name from the Hub; left out, the embedded SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--json", help="write the numbers here, beside what is there")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker, args.dtype, args.device)
+    if args.memory_of:
+        return memory_of(args.memory_of)
+    if args.memory:
+        return keep(args.json, "memory", memory())
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from steering_vectors.demo import load_demo_model
+
+    logging.set_verbosity_error()
+    if args.model:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), AutoTokenizer.from_pretrained(args.model)
+    else:
+        model, tokenizer = load_demo_model()
+    model = model.to(args.device).eval()
+    files = args.files or [None]
+    if args.limit:
+        return keep(args.json, "limit", limit(model, tokenizer, files[0], 1000 if args.pairs == 48 else args.pairs))
+    if args.bfloat16:
+        return keep(args.json, "bfloat16", bfloat16(model, tokenizer, files[0], args.pairs))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model
+        keep(args.json, "table", table(folder, tokenizer, files, args))
+
+
+def keep(path: str | None, name: str, numbers: Any) -> None:
+    "Put `numbers` into the file under `name`."
+    if path:
+        old = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        Path(path).write_text(json.dumps({**old, name: numbers}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
