@@ -103,13 +103,13 @@ class Fixed:
     value: Any  # the value a page without a kernel shows
     choices: tuple[Any, ...] = ()  # what a live control offers
 
-# %% ../nbs/reference/widgets.ipynb #82bb9bcd
+# %% ../nbs/reference/widgets.ipynb #65697130
 def _label(value: Any) -> str:
     "How a value is written beside its slider."
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
-        return f"{value:+g}" if value else "0"
+        return f"{value:g}"
     if isinstance(value, (tuple, list, range)):
         return ", ".join(map(_label, value))
     return str(value)
@@ -117,8 +117,9 @@ def _label(value: Any) -> str:
 
 def _labels(values: Sequence[Any]) -> list[str]:
     "The labels of one axis."
-    signed = any(isinstance(v, float) or (isinstance(v, int) and v < 0) for v in values)
-    return [_label(float(v) if signed and type(v) is int else v) for v in values]
+    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    signed = any(v < 0 for v in numbers)
+    return [f"{v:+g}" if signed and v in numbers and v else _label(v) for v in values]
 
 
 def _values(axis: Any) -> list[Any]:
