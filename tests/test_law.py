@@ -72,7 +72,7 @@ BY_ROW = [Case("mask (b, s)", {"token_indices": torch.tensor(MASKS)}, lambda c, 
 NAMED = [
     Case("negative columns", {"token_indices": [-1, -3]}, lambda c, own, n, r: c in (S - 1, S - 3), True),
     Case("Tokens.all", {"tokens": Tokens.all}, lambda c, own, n, r: True),
-    Case("Tokens.all[1::2]", {"tokens": Tokens.all[1::2]}, lambda c, own, n, r: own % 2 == 1),
+    Case("Tokens.all[1::3]", {"tokens": Tokens.all[1::3]}, lambda c, own, n, r: own % 3 == 1),
     Case("Tokens.prompt", {"tokens": Tokens.prompt}, lambda c, own, n, r: own < n, True),
     Case("Tokens.generated", {"tokens": Tokens.generated}, lambda c, own, n, r: own >= n, True),
     Case("Tokens.response", {"tokens": Tokens.response}, lambda c, own, n, r: own >= n - 1, True),

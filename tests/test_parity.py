@@ -16,6 +16,7 @@ from steering_vectors import (
     ablation_operator,
     ablation_then_addition_operator,
     addition_operator,
+    record_activations,
     train_steering_vector,
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
@@ -161,6 +162,18 @@ def test_a_projection_in_bfloat16_removes_what_it_says(operator: Any, change: Ca
     scale = before.abs().max()
     assert (before - wanted).abs().max() > 0.1 * scale
     assert (after - wanted).abs().max() < 0.02 * scale.clamp(min=1)
+
+
+@pytest.mark.parametrize("kind,layer_type", PLACES)
+def test_recordings(kind: str, layer_type: Any) -> None:
+    "What a module returned, at every token, also where the block adds to it in place afterwards."
+    model, row = model_of(kind), batch("left")[1][1]
+    with torch.no_grad(), record_activations(model, layer_type) as recorded:
+        model(row[None])
+    for n in range(3):
+        name = plain.MODULES[kind][layer_type].format(n)
+        expected = torch.stack([plain.activation(model, row, name, read) for read in range(S)])
+        assert plain.far(recorded[n][0].reshape(S, -1), expected) < CLOSE
 
 
 # --- training --------------------------------------------------------------------------------------------------------

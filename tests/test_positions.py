@@ -51,6 +51,19 @@ def test_a_cache_that_is_used_again(model: Any, case: Case) -> None:
             compare(model, given, r, out.sequences[r], steps(out, r), case)
 
 
+def test_padding_of_what_the_cache_held_before_is_forgotten(model: Any) -> None:
+    "The next text in the same cache says nothing of padding: it has none."
+    cache, given = StaticCache(model.config, max_cache_len=32), prompts()
+    with torch.no_grad(), vector_of(model).apply(model, **FIRST.say):
+        model.model(**given, past_key_values=cache)
+        cache.reset()
+        states = model.model(given["input_ids"], past_key_values=cache).last_hidden_state
+    logits = model.lm_head(states)
+    whole = {"input_ids": given["input_ids"], "attention_mask": torch.ones(2, S, dtype=torch.long)}
+    for r in range(2):
+        compare(model, whole, r, torch.cat([given["input_ids"][r], torch.tensor([0])]), logits[r, S - 1 :], FIRST)
+
+
 @pytest.mark.parametrize("kind", ["mistral", "gemma3"])
 @pytest.mark.parametrize("case", [FIRST, LATE, ANSWER], ids=lambda c: c.name)
 def test_drafts_beyond_a_sliding_window(kind: str, case: Case) -> None:

@@ -196,6 +196,20 @@ def test_an_earlier_recording_does_not_change(model: Any, ids: Tensor) -> None:
     assert torch.equal(recorded[1][0], kept) and not torch.equal(recorded[1][1], kept)
 
 
+@pytest.mark.parametrize("operator", OPERATORS, ids=NAMES)
+@pytest.mark.parametrize("say", [{}, {"multiplier": [1, 0, 2]}, {"token_indices": [4]}], ids=str)
+def test_nothing_is_written_into(operator: Any, say: dict[str, Any]) -> None:
+    "A module may return its very input, which others hold too: the edit makes a new tensor."
+    layer, config = torch.nn.Identity(), {"mlp": "layers.{num}.mlp"}
+    holder = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": layer})])})
+    holder.forward = lambda inputs_embeds: layer(inputs_embeds)  # type: ignore[method-assign]
+    h, v = torch.randn(3, 5, D), direction(1)
+    kept, kept_v = h.clone(), v.clone()
+    with SteeringVector({0: v}, "mlp").apply(holder, config, operator=operator, **say):
+        out = holder(inputs_embeds=h)
+    assert torch.equal(h, kept) and torch.equal(v, kept_v) and not torch.equal(out, h)
+
+
 # --- dtypes and devices ----------------------------------------------------------------------------------------------
 
 
