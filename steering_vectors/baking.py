@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Steps', 'add_to_bias', 'project_out', 'evaluating', 'probe', 'last_maps', 'refuse_unbakeable', 'shapes_of',
-           'with_biases', 'bias_switches', 'plain_copy', 'llama_config', 'steered', 'in_two_steps', 'check_equal',
-           'check_request', 'bake', 'blueprint']
+           'with_biases', 'is_valid', 'bias_switches', 'plain_copy', 'llama_config', 'steered', 'in_two_steps',
+           'check_equal', 'check_request', 'bake', 'blueprint']
 
 # %% ../nbs/reference/baking.ipynb #99032d4b
 import copy
@@ -103,7 +103,7 @@ def last_maps(
             hook.remove()
     return last
 
-# %% ../nbs/reference/baking.ipynb #a48242c3
+# %% ../nbs/reference/baking.ipynb #1b631ba4
 def refuse_unbakeable(
     model: nn.Module,  # to be baked
     layer_type: str,  # the steered part of the block
@@ -121,14 +121,15 @@ def refuse_unbakeable(
         module = model.get_submodule(name)
         kind = type(module).__name__
         linear = isinstance(module, nn.Linear) or kind == "Conv1D"
-        fits = width in tuple(getattr(module, "weight", torch.ones(0)).shape)
+        shape = getattr(module, "weight", torch.ones(0)).shape
+        fits = len(shape) > 0 and width == shape[-1 if kind == "Conv1D" else 0]
         if not fits or not (linear or (isinstance(module, nn.LayerNorm) and not ablating)):
             raise ValueError(
                 f"`{layer_type}` {n} of {type(model).__name__} cannot be baked: what comes out of it has last gone through "
                 f"{name} ({kind}), which is no linear map to a width of {width}{'' if ablating else ' and has no bias'}."
             )
 
-# %% ../nbs/reference/baking.ipynb #2f880264
+# %% ../nbs/reference/baking.ipynb #9f3bc12d
 def shapes_of(
     model_class: type["PreTrainedModel"],  # to be built
     config: "PreTrainedConfig",  # from this
@@ -143,14 +144,26 @@ def with_biases(
     model: "PreTrainedModel",  # whose config is asked
     names: list[str],  # of modules
 ) -> "PreTrainedConfig | None":  # a config that builds them, if there is one
-    "The model's config, or the same with one switch turned, so that it builds biases at `names`."
-    for at, key, value in [("", "", None), *bias_switches(model.config)]:
+    "The model's config, or the same with switches turned, so that it builds biases at `names`."
+    switches = bias_switches(model.config)
+    for turned in ([], *([switch] for switch in switches), switches):
         config = copy.deepcopy(model.config)
-        if key:
+        for at, key, value in turned:
             setattr(getattr(config, at) if at else config, key, value)
-        if {f"{name}.bias" for name in names} <= shapes_of(type(model), config).keys():
+        if is_valid(config) and {f"{name}.bias" for name in names} <= shapes_of(type(model), config).keys():
             return config
     return None
+
+
+def is_valid(
+    config: "PreTrainedConfig",  # some of whose values were changed
+) -> bool:  # whether it could be saved
+    "Whether the family's own rules allow this config."
+    try:
+        getattr(config, "validate", lambda: None)()
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def bias_switches(
