@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("steering_vectors")
 
-# %% ../nbs/reference/extraction.ipynb #37e9b338
+# %% ../nbs/reference/extraction.ipynb #2190851c
 @dataclass(frozen=True)
 class Way:
     "How a model is given its texts."
@@ -49,6 +49,7 @@ class Way:
     kind: Literal["packed", "continued", "padded", "single"] = "single"
     by_kind: bool = False  # packed: a dictionary of masks
     shortcut: bool = False  # packed: the last block ends early
+    positions: bool = True  # padded: say where each token stands
 
     def __str__(self) -> str:
         return {
@@ -65,7 +66,7 @@ class Job(NamedTuple):
     numbers: list[int]  # texts that it reads
     make: Callable[[], Pass]
 
-# %% ../nbs/reference/extraction.ipynb #95cb40fe
+# %% ../nbs/reference/extraction.ipynb #c0dcfbb2
 def jobs(
     way: Way,
     model: nn.Module,  # what will run the passes
@@ -96,7 +97,13 @@ def jobs(
         parts = [(group.shared * (len(group.numbers) > 1), [numbers[i] for i in group.numbers]) for group in found]
         return [Job(part, lambda n=n, part=part: continued_pass(model, some(part), n, device)) for n, part in parts]  # type: ignore[misc]
     sets = _by_length(texts, budget, most) if way.kind == "padded" else [[n] for n in numbers]
-    return [Job(part, lambda part=part: padded_pass(some(part), device)) for part in sets]  # type: ignore[misc]
+    told = way.positions and way.kind == "padded"
+    return [Job(part, lambda part=part: _untold(padded_pass(some(part), device), told)) for part in sets]  # type: ignore[misc]
+
+
+def _untold(now: Pass, told: bool) -> Pass:
+    "The same pass, without positions where the model is to find them itself."
+    return now if told else now._replace(inputs={k: v for k, v in now.inputs.items() if k != "position_ids"})
 
 
 def _by_length(texts: Mapping[int, EncodedText], budget: int, most: int | None) -> list[list[int]]:
@@ -179,10 +186,10 @@ def run_jobs(
         todo = deque(make({n: texts[n] for n in left}, budget))
     return budget
 
-# %% ../nbs/reference/extraction.ipynb #ed7eef46
+# %% ../nbs/reference/extraction.ipynb #17b057bc
 _LIMITS = {  # dtype -> least and largest difference that may count as rounding, relative to the activation
-    torch.float64: (1e-12, 1e-10),
-    torch.float32: (5e-6, 5e-5),
+    torch.float64: (1e-12, 1e-11),
+    torch.float32: (5e-6, 1e-5),
     torch.float16: (5e-3, 2e-2),
     torch.bfloat16: (4e-2, 1e-1),
 }
@@ -200,7 +207,7 @@ def difference(
         most = max(most, float(apart.nan_to_num(nan=float("inf"))))
     return most
 
-# %% ../nbs/reference/extraction.ipynb #b8206889
+# %% ../nbs/reference/extraction.ipynb #70a5358e
 _KINDS = ("layer_types", "layers_block_type", "block_types")  # where configs say what their layers are
 
 
@@ -211,7 +218,7 @@ def candidates(
     kinds = {str(kind) for name in _KINDS for kind in getattr(config, name, None) or []}
     forms = (True, False) if kinds - {"full_attention"} else (False, True)
     packed = [Way("packed", by_kind, shortcut) for by_kind in forms for shortcut in (True, False)]
-    plain = [Way("continued"), Way("padded"), Way("single")]
+    plain = [Way("continued"), Way("padded"), Way("padded", positions=False), Way("single")]
     return plain if any("attention" not in kind or "linear" in kind for kind in kinds) else [*packed, *plain]
 
 
@@ -234,7 +241,7 @@ def choose_way(
             continue
         if allowed is None:
             apart = _apart(inner, modules, Way("padded"), probe, plain)
-            allowed = min(max(4 * apart, floor), ceiling)
+            allowed = min(max(2 * apart, floor), ceiling)
         apart = _apart(inner, modules, way, probe, plain, shortcut)
         name = type(unwrap(model)[0]).__name__
         logger.info("%s: %s: %.1e apart, where %.1e may be rounding", name, way, apart, allowed)
@@ -356,7 +363,7 @@ class Request:
         numbers = list(found) if self.layers is None else resolve_layer_numbers(self.layers, found, self.layer_type)
         return {number: model.get_submodule(found[number]) for number in sorted(numbers)}
 
-# %% ../nbs/reference/extraction.ipynb #fa3d7449
+# %% ../nbs/reference/extraction.ipynb #fc1b4c40
 def read_pairs(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -412,7 +419,10 @@ def _read_alike(
     way, inner = remembered_way(model, modules, texts, is_block), inner_model(model)
     shortcut = find_shortcut(modules[max(modules)]) if way.shortcut else None
     most = None if batch_size is None else 2 * batch_size
-    with PassReader(model if way.kind == "single" else inner, modules, shortcut=shortcut) as reader:
+    alone = (
+        way.kind == "single"
+    )  # the whole model to its end: some enter a block more than once, and the last time counts
+    with PassReader(model if alone else inner, modules, leave=not alone, shortcut=shortcut) as reader:
         return run_jobs(reader, lambda part, limit: jobs(way, inner, part, limit, most), texts, budget, done)
 
 

@@ -24,21 +24,22 @@ from .layers import unwrap
 from .packing import Row, ancestor_mask, block_mask, blocks
 from .samples import EncodedText
 
-# %% ../nbs/reference/passes.ipynb #8be3c378
+# %% ../nbs/reference/passes.ipynb #17f77bd2
 @contextmanager
 def undisturbed(
     model: nn.Module,
 ) -> Iterator[None]:
     "Evaluation mode without gradients; modes and random state come back as they were."
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    learning = [module for module in model.modules() if module.training]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         try:
-            model.eval()
+            for module in learning:
+                module.training = False
             yield
         finally:
-            for module, training in modes:
-                module.training = training
+            for module in learning:
+                module.training = True
 
 # %% ../nbs/reference/passes.ipynb #1dc5d9df
 class Pass(NamedTuple):
@@ -89,7 +90,7 @@ def _known_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in known or "input_ids" not in known}
 
-# %% ../nbs/reference/passes.ipynb #45ca800d
+# %% ../nbs/reference/passes.ipynb #f6c7545f
 class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
@@ -102,7 +103,7 @@ class PassReader:
         model: nn.Module,  # what is called
         modules: Mapping[int, nn.Module],  # layer -> the module to read
         leave: bool = True,  # end each pass when all of them have run
-        shortcut: Any = None,  # a `Shortcut` for the end of the last module, where it is a block
+        shortcut: "Shortcut | None" = None,  # a cheaper end of the last module, where it is a block
     ):
         self.model, self.modules, self.leave, self.shortcut = model, modules, leave, shortcut
         self._now: Pass | None = None

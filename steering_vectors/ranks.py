@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'Ranks', 'ranks']
 
-# %% ../nbs/reference/ranks.ipynb #9a47362c
+# %% ../nbs/reference/ranks.ipynb #426f17a4
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +15,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
-# %% ../nbs/reference/ranks.ipynb #b7e34d76
+# %% ../nbs/reference/ranks.ipynb #650c20ee
 @dataclass(frozen=True)
 class Ranks:
     "Who takes part in a piece of work."
@@ -59,7 +57,7 @@ class Ranks:
         dist.all_gather_object(everyone, mine)
         return everyone
 
-# %% ../nbs/reference/ranks.ipynb #116a3d30
+# %% ../nbs/reference/ranks.ipynb #138064e0
 _groups_made = count()  # a name for each group we set up: all ranks count alike
 
 
@@ -74,6 +72,9 @@ def ranks(
     elif dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
     else:
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         store, rank, world = next(rendezvous("env://"))
         prefix = PrefixStore(f"steering_vectors/{next(_groups_made)}", store)
         dist.init_process_group("gloo", store=prefix, rank=rank, world_size=world)

@@ -1,0 +1,64 @@
+"""Every text family of the installed transformers: what extraction reads is what the plain model computes, and which way it went."""
+
+import collections
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import quiet
+from test_extraction import HEAD, apart, by_hand
+
+from steering_vectors import extract_activations, extraction
+from steering_vectors.demo import tiny_tokenizer
+from steering_vectors.layers import resolve_layers
+
+WAYS: dict[str, str] = {}
+PAIRS = [(f"{HEAD}I am {good}", f"{HEAD}I am {bad}") for good, bad in [
+    ("glad to be here", "sad to be here"), ("glad to see all of you here again today", "sad"), ("so glad", "no fool"),
+]]  # fmt: skip
+EXPECTED = {"packed": 115, "continued": 25}  # at least so many families
+
+# What a family computes in the middle of a block that our own loop cannot tell from outside.
+CANNOT = {
+    **families.CANNOT,
+    "reformer": "its hashing needs lengths that are multiples of its chunks",
+    "cpmant": "it puts 32 tokens of its own in front, which the loop here does not know",
+}
+
+
+@pytest.mark.parametrize("name", sorted(families.CAUSAL))
+def test_family(name: str) -> None:
+    if name in CANNOT:
+        pytest.skip(CANNOT[name])
+    with quiet():
+        model: Any = families.build(name).to(torch.float32)
+        found = extract_activations(model, tiny_tokenizer(), PAIRS)
+        names = dict(resolve_layers(model, "decoder_block"))
+        wanted = [plain(model, names, [pair[side] for pair in PAIRS]) for side in (0, 1)]
+    way = list(extraction._verdicts[model].values())[-1].way
+    WAYS[name] = way.kind
+    if found[0][0].shape != wanted[0][0].shape:
+        pytest.skip("its blocks return several streams a token, which the loop here does not tell apart")
+    for side in (0, 1):
+        for n in names:
+            assert apart(found[side][n], wanted[side][n]) <= 2e-5, (str(way), n)
+
+
+def plain(model: Any, names: dict[int, str], texts: list[str]) -> dict[int, torch.Tensor]:
+    try:
+        return by_hand(model, names, texts, lambda n: [n - 1])
+    except (RuntimeError, IndexError, ValueError):
+        pytest.skip("its blocks return something that the loop here does not know")
+
+
+def test_ways() -> None:
+    "How many families go which way: python -m pytest tests/test_extraction_families.py -s"
+    if len(WAYS) < 100:
+        pytest.skip("only where all families ran")
+    counts = collections.Counter(WAYS.values())
+    for kind in counts:
+        chosen = [name for name, way in WAYS.items() if way == kind]
+        print(f"\n{kind}: {len(chosen)} families" + ("" if kind == "packed" else ": " + ", ".join(chosen)))
+    for kind, number in EXPECTED.items():
+        assert counts[kind] >= number, counts
