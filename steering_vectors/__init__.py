@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .effects import sweep as sweep
     from .effects import text_loss as text_loss
     from .extraction import extract_activations as extract_activations
+    from .files import Provenance as Provenance
     from .layers import LayerMatcher as LayerMatcher
     from .layers import LayerType as LayerType
     from .layers import ModelLayerConfig as ModelLayerConfig
@@ -83,6 +84,7 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "addition_operator": "operators",
     "ablation_then_addition_operator": "operators",
     "find_layers": "layers",
+    "Provenance": "files",
     "Tokens": "tokens",
     "sweep": "effects",
     "next_token_shift": "effects",

@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GraniteForCausalLM
 
 from steering_vectors import SteeringVector, ablation_operator, find_layers, record_activations
 from steering_vectors.baking import bake, probe, steered
@@ -188,6 +188,23 @@ def test_wrong_vectors_and_models_are_refused():
         bake(tiny_model("llama"), {1: direction(16)}, "decoder_block")
     with pytest.raises(TypeError, match="no transformers model"):
         bake(nn.Linear(2, 2), {1: direction(32)}, "decoder_block")
+
+
+def test_a_factor_after_the_map_is_noticed():
+    config = families.tiny_config("granite")
+    config.residual_multiplier = 0.22
+    model = GraniteForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="GraniteForCausalLM cannot be baked at `decoder_block`: the copy differs"):
+        bake(model, {1: direction(32)}, "decoder_block")
+    bake(model, {1: direction(32)}, "mlp")
+
+
+def test_the_guide_names_the_families():
+    page = (Path(__file__).parents[1] / "nbs" / "guide" / "bake.ipynb").read_text()
+    for answer, words in {"yes": "**yes**", "as Llama": "**as a Llama**"}.items():
+        names = [name for name, places in EXPECTED.items() if places["decoder_block"] == answer]
+        assert f"{words}, {len(names)} " in page and ", ".join(names) in page
+    assert f"each of the {len(EXPECTED)} text families" in page
 
 
 def test_a_layer_norm_with_a_bias_takes_the_vector():
