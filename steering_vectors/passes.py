@@ -103,7 +103,7 @@ class PassReader:
         model: nn.Module,  # what is called
         modules: Mapping[int, nn.Module],  # layer -> the module to read
         leave: bool = True,  # end each pass when all of them have run
-        shortcut: "Shortcut | None" = None,  # a cheaper end of the last module, where it is a block
+        shortcut: Any = None,  # a cheaper end of the last module, where it is a block
     ):
         self.model, self.modules, self.leave, self.shortcut = model, modules, leave, shortcut
         self._now: Pass | None = None
