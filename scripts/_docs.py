@@ -57,6 +57,8 @@ def build() -> None:
     nbdev_sidebar.__wrapped__()
     stage = proc_nbs(config.nbs_path, n_workers=0, force=True)  # in this process: torch is imported once
     problems: list[str] = []
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):  # pages of the site too, from the files themselves
+        shutil.copy(ROOT / name, stage / name.lower())
     if shutil.which("quarto"):
         subprocess.run(["quarto", "render", "--no-cache"], cwd=stage, check=True)
     else:
