@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import _docs
 import _pages
+
+import _docs
 
 ROOT = _pages.ROOT
 
@@ -67,11 +68,8 @@ def mixed() -> list[str]:
     said = []
     for path in _pages.find():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if (
-                cell["cell_type"] != "code"
-                or _pages.skipped(cell)
-                or {"export", "exporti"} & {*_pages.directives(cell)}
-            ):
+            heads = {d.replace(" ", "") for d in _pages.directives(cell)}
+            if cell["cell_type"] != "code" or heads & {"export", "exporti", "eval:false"}:
                 continue
             try:
                 body = ast.parse(_pages.source(cell)).body
@@ -88,9 +86,10 @@ def unstored() -> list[str]:
     said = []
     for path in _pages.find():
         name, nb = path.relative_to(ROOT), json.loads(path.read_text(encoding="utf-8"))
-        code = [c for c in nb["cells"] if c["cell_type"] == "code" and not _pages.skipped(c)]
+        skips = _pages.left_out(path) or [True] * len(nb["cells"])
+        code = [c for c, skip in zip(nb["cells"], skips, strict=True) if not skip]
         open_ = [c for c in code if not {d.split()[0].rstrip(":") for d in _pages.directives(c) if d} & EXPORTED]
-        if open_ and not any(c["outputs"] for c in open_) and not _pages.skips_all(nb):
+        if open_ and not any(c["outputs"] for c in open_):
             said.append(f"{name} has no stored outputs: scripts/refresh {name}")
             continue
         for cell in open_:

@@ -11,7 +11,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-FLAGS = {"slow", "gpu"}  # as `tst_flags` in settings.ini
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 PROGRESS = re.compile(r"\[\d\d:\d\d[<,].*/(s|it)\]")
@@ -44,16 +43,23 @@ def directives(cell: dict[str, Any]) -> list[str]:
     return [line[2:].strip() for line in source(cell).splitlines() if line.startswith("#|")]
 
 
-def skipped(cell: dict[str, Any]) -> bool:
-    "Is `cell` left out by nbdev's rules: `eval: false`, a `tst_flags` flag, or the closing export?"
-    heads = directives(cell)
-    flagged = any(d.split()[:1] and d.split()[0] in FLAGS for d in heads)
-    return flagged or any(d.replace(" ", "") == "eval:false" for d in heads) or "nbdev_export(" in source(cell)
+def left_out(path: Path) -> list[bool] | None:
+    "By nbdev's rules, which cells of the page are not run; None where its front matter says `skip_exec: true`."
+    from fastcore.basics import str2bool
+    from nbdev.config import get_config
+    from nbdev.frontmatter import FrontmatterProc
+    from nbdev.process import NBProcessor
 
+    nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
+    flags = set(get_config().tst_flags.split())
 
-def skips_all(nb: dict[str, Any]) -> bool:
-    "Does the page's front matter say `skip_exec: true`?"
-    return any(re.search(r"^\s*-?\s*skip_exec:\s*true", source(c), re.M) for c in nb["cells"][:2])
+    def skip(cell: Any) -> bool:
+        if cell.cell_type != "code" or "nbdev_export" + "(" in cell.source:
+            return True
+        directives = getattr(cell, "directives_", None) or {}
+        return directives.get("eval:", [""])[0].lower() == "false" or bool(flags & directives.keys())
+
+    return None if str2bool(nb.frontmatter_.get("skip_exec", False)) else [skip(cell) for cell in nb.cells]
 
 
 def is_progress(data: dict[str, Any]) -> bool:
@@ -96,34 +102,35 @@ def is_exact(path: Path) -> bool:
     return path.relative_to(NBS).parts[0] == "reference"
 
 
-def environment(path: Path) -> dict[str, str]:
-    "What a page's kernel sees; one thread where the last digit counts."
+def environment(path: Path, threads: int | None = None) -> dict[str, str]:
+    "What a page's kernel sees: one thread where the last digit counts, elsewhere `threads` or what is set."
     fixed = {"IN_TEST": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    return os.environ | fixed | ({"OMP_NUM_THREADS": "1"} if is_exact(path) else {})
+    if is_exact(path) or threads:
+        fixed["OMP_NUM_THREADS"] = "1" if is_exact(path) else str(threads)
+    return os.environ | fixed
 
 
-def run(path: Path) -> str:
+def run(path: Path, threads: int | None = None) -> str:
     "Run the page at `path` in a kernel and return it as it should be stored."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    nb = nbformat.read(path, 4)
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    if skips_all(raw):
+    raw, skips = json.loads(path.read_text(encoding="utf-8")), left_out(path)
+    if skips is None:
         return text(raw)
-    left_out = [skipped(c) for c in raw["cells"]]
-    for cell, skip in zip(nb.cells, left_out, strict=True):
+    nb = nbformat.read(path, 4)
+    for cell, skip in zip(nb.cells, skips, strict=True):
         if skip and cell.cell_type == "code":
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
     place = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(nb, timeout=600, kernel_name="python3", resources=place, extra_arguments=["--log-level=40"])
+    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place, extra_arguments=["--log-level=40"])
     try:
-        client.execute(env=environment(path))
+        client.execute(env=environment(path, threads))
     except (CellExecutionError, DeadKernelError) as e:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", str(e)).rstrip().splitlines()
         raise CellFailed("\n".join([*plain[:12], "...", *plain[-25:]] if len(plain) > 40 else plain)) from None
-    for cell, ran, skip in zip(raw["cells"], nb.cells, left_out, strict=True):
+    for cell, ran, skip in zip(raw["cells"], nb.cells, skips, strict=True):
         if cell["cell_type"] == "code" and not skip:
             cell["outputs"] = merged(json.loads(json.dumps(ran.outputs)))
     return text(raw)
