@@ -6,14 +6,14 @@
 __all__ = ['plot_effect', 'plot_layers', 'plot_shift', 'plot_similarity', 'plot_tokens', 'plot_projections', 'plot_norms',
            'plot_contrast']
 
-# %% ../nbs/reference/plots.ipynb #69b94097
+# %% ../nbs/reference/plots.ipynb #ec5c073d
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/reference/plots.ipynb #b14985b6
+# %% ../nbs/reference/plots.ipynb #24f2f377
 from .effects import Effect, Projections, Similarity, TokenShift, TokenValues
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from steering_vectors.vector import SteeringVector
 
-# %% ../nbs/reference/plots.ipynb #0bccdfeb
+# %% ../nbs/reference/plots.ipynb #9be0935b
 BLUE, ORANGE, RED, GREEN, SKY, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#777777"
 _SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "D"), (SKY, "v"), (GREY, "x")]  # colour and marker together
 
@@ -37,7 +37,7 @@ def _sheet(ax: "Axes | None", width: float = 5.0, height: float = 3.0) -> "Axes"
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #a97f56c8
+# %% ../nbs/reference/plots.ipynb #89830eaf
 def plot_effect(
     effect: Effect | Mapping[str, Effect],  # one, or several by name
     ax: "Axes | None" = None,
@@ -54,14 +54,17 @@ def plot_effect(
         low, high = torch.quantile(y, torch.tensor([0.25, 0.75]), dim=0)
         ax.fill_between(e.multipliers, low, high, color=colour, alpha=0.18, linewidth=0)
         ax.plot(e.multipliers, y.mean(0), color=colour, marker=marker, linewidth=2, label=name)
-        ax.set_ylabel(f"{'change of ' if change else ''}{e.what if len(named) == 1 else 'measure'}\n({e.unit})")
+    whats = {e.what for e in named.values()}
+    what, first = whats.pop() if len(whats) == 1 else "measure", next(iter(named.values()))
+    ax.set_ylabel(f"{'change of ' if change else ''}{what}\n({first.unit})")
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set_xlabel("multiplier")
+    ax.set_xticks(first.multipliers)
     if len(named) > 1:
         ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #c2bbfd4b
+# %% ../nbs/reference/plots.ipynb #6448ee4f
 def plot_layers(
     effects: Mapping[int, Effect],  # by layer
     ax: "Axes | None" = None,
@@ -79,7 +82,7 @@ def plot_layers(
     wrong.spines["top"].set_visible(False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #a4ba62c0
+# %% ../nbs/reference/plots.ipynb #a38fe4b8
 def plot_shift(
     shift: TokenShift,
     ax: "Axes | None" = None,
@@ -95,7 +98,7 @@ def plot_shift(
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #4f3afa59
+# %% ../nbs/reference/plots.ipynb #489ad7c9
 def plot_similarity(
     similarity: Similarity,
     ax: "Axes | None" = None,
@@ -112,7 +115,7 @@ def plot_similarity(
         ax.text(j, i, f"{x:.2f}", ha="center", va="center", color="white" if abs(x) > 0.6 else "black")
     return ax
 
-# %% ../nbs/reference/plots.ipynb #959dee3b
+# %% ../nbs/reference/plots.ipynb #7987a186
 def plot_tokens(
     values: TokenValues,
     ax: "Axes | None" = None,
@@ -126,7 +129,7 @@ def plot_tokens(
     ax.set_ylabel(values.what)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #6106d39a
+# %% ../nbs/reference/plots.ipynb #efee1b0f
 def plot_projections(
     projections: Projections | Mapping[str, Projections],  # one, or several by name
     ax: "Axes | None" = None,
@@ -142,7 +145,7 @@ def plot_projections(
         ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #a2c47a16
+# %% ../nbs/reference/plots.ipynb #f53688ad
 def plot_norms(
     vector: "SteeringVector",
     ax: "Axes | None" = None,
@@ -161,7 +164,7 @@ def plot_norms(
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/reference/plots.ipynb #fb5e5fd1
+# %% ../nbs/reference/plots.ipynb #3579d9ea
 def plot_contrast(
     positive: Tensor,  # activations of one side at one layer, (n, d)
     negative: Tensor,  # of the other side, (n, d)
