@@ -151,7 +151,7 @@ class Sweep:
     def __repr__(self) -> str:
         return _lines(["layer", "multiplier", "text"], self._rows)
 
-# %% ../nbs/reference/effects.ipynb #943b87cc
+# %% ../nbs/reference/effects.ipynb #cc6d4d39
 def sweep(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -169,6 +169,8 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,  # called with tokens done and tokens wanted
 ) -> Sweep:  # `s[layer, multiplier]` is text
     "Answer `prompt` at every layer and multiplier: one batched generation a layer."
+    if not len(multipliers):
+        raise ValueError("No multipliers: give at least one; 0 is the model by itself.")
     asked = prompt_ids(tokenizer, prompt, chat)
     ids = asked.to(model.device).expand(len(multipliers), -1)
     rows: dict[tuple[Layer, float], tuple[int, ...]] = {}

@@ -536,7 +536,7 @@ class _Answers:
         shift = next_token_shift(model, tokenizer, at_layer(vector, layer), prompt, multiplier, 6, **how)
         return Answer(s[layer, 0], s[layer, multiplier], marked, len(new), shift)
 
-# %% ../nbs/reference/widgets.ipynb #ae7d02fe
+# %% ../nbs/reference/widgets.ipynb #4633e15a
 def explore(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -555,6 +555,8 @@ def explore(
     "A control over what `vector` does to the answer to `prompt`."
     have = sorted(vector.layer_activations)
     shown = list(layers) if layers is not None else have[len(have) // 4 :: max(1, len(have) // 3)][:3]
+    if not shown:
+        raise ValueError(f"No layers to show: the vector has {', '.join(map(str, have)) or 'none'}.")
     first = {"layer": shown[len(shown) // 2], **(start or {})}
     limit = multiplier_limit(vector, first["layer"], fraction=0.65)
     marks = tuple(map(float, multipliers)) if multipliers is not None else _round_steps(limit)
