@@ -77,14 +77,18 @@ def in_turns(ways: dict[str, Callable[[], Any]], rounds: int = 400) -> dict[str,
 def hooks() -> None:
     "Microseconds a hook, decoding one column at a time."
     print(f"{BLOCKS} hooks, one column a pass, float32; microseconds a hook (times the hand-written add)")
-    print(f"{'activation':<14}{'hand-written add':>18}{'every token':>18}{'min_token_index':>18}{'a multiplier a row':>20}")
+    print(
+        f"{'activation':<14}{'hand-written add':>18}{'every token':>18}{'min_token_index':>18}{'a multiplier a row':>20}"
+    )
     for b in (1, 8):
         stacks = {name: Stack().eval() for name in ("none", "by hand", "every", "min", "rows")}
         h, v, cache = torch.randn(b, 1, WIDTH), torch.randn(WIDTH), Cache()
         mask = torch.ones(b, 101, dtype=torch.long)
         vector = SteeringVector({0: v}).at(range(BLOCKS))
 
-        def call(name: str, stacks: dict[str, Stack] = stacks, h: Tensor = h, mask: Tensor = mask, cache: Cache = cache) -> Callable[[], Any]:
+        def call(
+            name: str, stacks: dict[str, Stack] = stacks, h: Tensor = h, mask: Tensor = mask, cache: Cache = cache
+        ) -> Callable[[], Any]:
             return lambda: stacks[name](inputs_embeds=h, past_key_values=cache, attention_mask=mask)
 
         with ExitStack() as opened, torch.no_grad():
@@ -106,7 +110,11 @@ def decoding(tokens: int = 120) -> None:
     ids = tokenizer("Tell me about your day, from the morning to the evening.", return_tensors="pt")["input_ids"]
     blocks, width = model.config.num_hidden_layers, model.config.hidden_size
     vector = SteeringVector({0: torch.randn(width) * 1e-3}).at(range(blocks))
-    handles = {"unsteered": None, "every token": vector.apply(model), "min_token_index=4": vector.apply(model, min_token_index=4)}
+    handles = {
+        "unsteered": None,
+        "every token": vector.apply(model),
+        "min_token_index=4": vector.apply(model, min_token_index=4),
+    }
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
 
@@ -122,7 +130,9 @@ def decoding(tokens: int = 120) -> None:
     for r in range(tokens):
         for name in list(handles)[r % 3 :] + list(handles)[: r % 3]:
             times[name].append(step(handles[name]))
-    print(f"\nSmolLM2-135M, all {blocks} blocks steered, {tokens} tokens each way in turns; ms a token (times unsteered)")
+    print(
+        f"\nSmolLM2-135M, all {blocks} blocks steered, {tokens} tokens each way in turns; ms a token (times unsteered)"
+    )
     for name, t in times.items():
         ratios = [a / u for a, u in zip(t[5:], times["unsteered"][5:], strict=True)]
         print(f"{name:<20}{statistics.median(t[5:]) * 1e3:>7.2f}   ({statistics.median(ratios):.3f}, median of pairs)")

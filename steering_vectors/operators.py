@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PatchDeltaOperator', 'addition_operator', 'ablation_operator', 'ablation_then_addition_operator']
 
-# %% ../nbs/reference/operators.ipynb #9f0b63b8
+# %% ../nbs/reference/operators.ipynb #043174e7
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-# %% ../nbs/reference/operators.ipynb #8268753d
+# %% ../nbs/reference/operators.ipynb #5a24128a
 PatchDeltaOperator = Callable[[Tensor, Tensor], Tensor]
 
-# %% ../nbs/reference/operators.ipynb #dd746a0c
+# %% ../nbs/reference/operators.ipynb #6e6f4cb7
 @dataclass(frozen=True)
 class _Addition:
     by_row: ClassVar[bool] = True
@@ -32,15 +32,17 @@ def addition_operator() -> PatchDeltaOperator:  # change: the vector itself, wha
     "Add the vector, times the multiplier, to the activation. This is the default."
     return _Addition()
 
-# %% ../nbs/reference/operators.ipynb #f814e1e1
+# %% ../nbs/reference/operators.ipynb #1b47f1ae
 def _component(activation: Tensor, vector: Tensor) -> Tensor:
     "The part of `activation` that points along `vector`, in float32 or better."
     dtype = torch.promote_types(torch.promote_types(activation.dtype, vector.dtype), torch.float32)
     h, v = activation.to(dtype), vector.to(dtype)
     length = (v * v).sum(-1, keepdim=True)
-    return (h * v).sum(-1, keepdim=True) / length.clamp_min(torch.finfo(dtype).tiny) * v  # no branch: it would wait for the device
+    return (
+        (h * v).sum(-1, keepdim=True) / length.clamp_min(torch.finfo(dtype).tiny) * v
+    )  # no branch: it would wait for the device
 
-# %% ../nbs/reference/operators.ipynb #1afeb338
+# %% ../nbs/reference/operators.ipynb #46e98bcc
 @dataclass(frozen=True)
 class _Ablation:
     fraction: float = 1.0
@@ -55,13 +57,13 @@ class _Ablation:
 
 def ablation_operator(
     fraction: float = 1.0,  # share of the component to remove: 1 removes it, 0.5 halves it, 2 reflects the activation
-) -> PatchDeltaOperator:    # change: minus that share of the activation's component along the vector
+) -> PatchDeltaOperator:  # change: minus that share of the activation's component along the vector
     "Remove the activation's component along the vector. The multiplier's size and sign make no difference."
     if not abs(fraction) < float("inf"):
         raise ValueError(f"fraction must be a finite number, not {fraction!r}; 1.0 removes the whole component.")
     return _Ablation(float(fraction))
 
-# %% ../nbs/reference/operators.ipynb #6fb09b06
+# %% ../nbs/reference/operators.ipynb #b4c253f7
 @dataclass(frozen=True)
 class _AblationThenAddition:
     by_row: ClassVar[bool] = True
@@ -73,6 +75,8 @@ class _AblationThenAddition:
         return "ablation_then_addition_operator()"
 
 
-def ablation_then_addition_operator() -> PatchDeltaOperator:  # change: the vector minus the activation's component along it
+def ablation_then_addition_operator() -> (
+    PatchDeltaOperator
+):  # change: the vector minus the activation's component along it
     "Make the activation's component along the vector equal to the vector, times the multiplier."
     return _AblationThenAddition()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record_activations']
 
-# %% ../nbs/reference/recording.ipynb #4daa4e5e
+# %% ../nbs/reference/recording.ipynb #ab7f5dd6
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from .hooks import HookHandle
 from .layers import LayerType, ModelLayerConfig, resolve_layer_numbers, resolve_layers
 
-# %% ../nbs/reference/recording.ipynb #e927b8e9
+# %% ../nbs/reference/recording.ipynb #70dfcaca
 @contextmanager
 def record_activations(
-    model: nn.Module,                              # any model whose layers can be found; not changed
-    layer_type: LayerType = "decoder_block",       # which output of each block to record
+    model: nn.Module,  # any model whose layers can be found; not changed
+    layer_type: LayerType = "decoder_block",  # which output of each block to record
     layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
-    clone_activations: bool = True,                # True: detached copies; False: the tensors of the pass themselves
-    layer_nums: Sequence[int] | None = None,       # which layers, negative ones from the end; None for all
+    clone_activations: bool = True,  # True: detached copies; False: the tensors of the pass themselves
+    layer_nums: Sequence[int] | None = None,  # which layers, negative ones from the end; None for all
 ) -> Generator[dict[int, list[Tensor]], None, None]:  # layer number to one tensor a pass, (b, s, d)
     "Record the output of layers for as long as the block runs."
     found = resolve_layers(model, layer_type, layer_config)
@@ -35,6 +35,6 @@ def record_activations(
     with ExitStack() as removals:
         for n in numbers:
             hook = HookHandle(model.get_submodule(found[n]), partial(keep, n), "reads")
-            removals.callback(hook.remove)
+            removals.enter_context(hook)  # held first, then attached
             hook.attach()
         yield recorded

@@ -5,39 +5,42 @@
 # %% auto #0
 __all__ = ['as_multiplier', 'LayerEdit', 'SteeringPatchHandle', 'prepare_steering']
 
-# %% ../nbs/reference/steering.ipynb #165ce095
-import math
-from collections.abc import Callable, Mapping, Sequence
+# %% ../nbs/reference/steering.ipynb #c6753b82
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .hooks import HookHandle, by_token
+from .hooks import Attachment, HookHandle, by_token
 from .layers import LayerType, ModelLayerConfig, resolve_layer_numbers, resolve_layers
 from .operators import PatchDeltaOperator, addition_operator
 from .positions import PassTracker
 from .tokens import Place, Prompt, Selection, Tokens, select
 
-# %% ../nbs/reference/steering.ipynb #53761db9
+# %% ../nbs/reference/steering.ipynb #5ce60dec
 def as_multiplier(
     multiplier: float | Sequence[float] | Tensor,  # a number, or one for each row of the batch
-) -> float | Tensor:                               # a number, or a float64 tensor of shape (b,) on the CPU
+) -> float | Tensor:  # a number, or a float64 tensor of shape (b,) on the CPU
     "A checked multiplier."
     if isinstance(multiplier, bool):
         raise TypeError(f"multiplier must be a number, or one number a row; it is {multiplier!r}.")
     try:
         m = torch.as_tensor(multiplier, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"multiplier must be a number, or one number a row; it is a {type(multiplier).__name__}.") from None
+        raise TypeError(
+            f"multiplier must be a number, or one number a row; it is a {type(multiplier).__name__}."
+        ) from None
     if m.ndim > 1 or m.numel() == 0:
-        raise ValueError(f"multiplier must be a number, or have shape (b,), one number a row; its shape is {tuple(m.shape)}.")
+        raise ValueError(
+            f"multiplier must be a number, or have shape (b,), one number a row; its shape is {tuple(m.shape)}."
+        )
     if not bool(m.isfinite().all()):
         raise ValueError(f"multiplier must be finite; it is {multiplier}.")
     return float(m) if m.ndim == 0 else m
 
-# %% ../nbs/reference/steering.ipynb #e6a8fc6e
+# %% ../nbs/reference/steering.ipynb #8be3e1c2
 class _Scaled:
     "A vector times its multiplier, ready for an activation."
 
@@ -63,7 +66,7 @@ class _Scaled:
         m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
         return (m * v).to(least if self.wide else h.dtype)
 
-# %% ../nbs/reference/steering.ipynb #1f3ec0ca
+# %% ../nbs/reference/steering.ipynb #945a82e9
 CPU = torch.device("cpu")
 
 
@@ -71,11 +74,13 @@ CPU = torch.device("cpu")
 def _for_rows(multipliers: Tensor, b: int, device: torch.device = CPU) -> tuple[Tensor, Tensor | None]:
     "The multipliers of `b` rows, (b,), and on the device which of them are not zero, (b, 1); None if none is."
     if b % len(multipliers):
-        raise ValueError(f"multiplier has {len(multipliers)} numbers, one a row, but the model was given {b} rows. Pass {b} numbers, or one for all.")
+        raise ValueError(
+            f"multiplier has {len(multipliers)} numbers, one a row, but the model was given {b} rows. Pass {b} numbers, or one for all."
+        )
     rows = multipliers.repeat_interleave(b // len(multipliers))
     return rows, None if bool((rows != 0).all()) else (rows != 0)[:, None].to(device)
 
-# %% ../nbs/reference/steering.ipynb #b1350f4a
+# %% ../nbs/reference/steering.ipynb #ebbac18b
 def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
     "What the operator answers, checked: (d,), or three dimensions that fit the activation."
     change = operator(h, vector)
@@ -88,18 +93,18 @@ def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
         f"{getattr(operator, '__name__', operator)} returned {returned}."
     )
 
-# %% ../nbs/reference/steering.ipynb #c2160db9
+# %% ../nbs/reference/steering.ipynb #d16bb52a
 class LayerEdit:
     "The change of one layer's output: operator, vector, multiplier, and which tokens."
 
     def __init__(
         self,
-        name: str,                        # of the module, for messages
-        vector: Tensor,                   # (d,)
-        operator: PatchDeltaOperator,     # (activation, vector) to change
-        multiplier: float | Tensor,       # a number, or (b,) one a row
-        selection: Selection | None,      # which tokens; None for all
-        tracker: PassTracker | None,      # knows where the pass stands; None if nobody needs to know
+        name: str,  # of the module, for messages
+        vector: Tensor,  # (d,)
+        operator: PatchDeltaOperator,  # (activation, vector) to change
+        multiplier: float | Tensor,  # a number, or (b,) one a row
+        selection: Selection | None,  # which tokens; None for all
+        tracker: PassTracker | None,  # knows where the pass stands; None if nobody needs to know
     ):
         self.name, self.width, self.operator, self.multiplier = name, len(vector), operator, multiplier
         self.selection, self.tracker = selection, tracker
@@ -111,7 +116,9 @@ class LayerEdit:
 
     def __call__(self, h: Tensor) -> Tensor:
         if h.shape[-1] != self.width:
-            raise ValueError(f"The vector has width {self.width}, but {self.name} returns width {h.shape[-1]}. Was it trained on another model?")
+            raise ValueError(
+                f"The vector has width {self.width}, but {self.name} returns width {h.shape[-1]}. Was it trained on another model?"
+            )
         mask = self.tracker.mask(self.selection, h.device) if self.tracker is not None else True
         if mask is False:
             return h
@@ -119,7 +126,7 @@ class LayerEdit:
             return h + self.scaled.on(h, self.multiplier)
         return _by_token(self, h, mask)
 
-# %% ../nbs/reference/steering.ipynb #ab964b01
+# %% ../nbs/reference/steering.ipynb #864541a3
 def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     "The new activations, in the layout of `h`."
     if edit.tracker is None:  # one multiplier, every token: rows and tokens need not be told apart
@@ -153,59 +160,44 @@ def _change_by_row(edit: LayerEdit, h: Tensor, rows: Tensor) -> Tensor:
         return change
     parts = [
         _change(edit.operator, row, edit.scaled.on(row, m)).expand_as(row) if m else torch.zeros_like(row)
-        for row, m in zip(h.split(1), rows.tolist())
+        for row, m in zip(h.split(1), rows.tolist(), strict=True)
     ]
     return torch.cat(parts)
 
-# %% ../nbs/reference/steering.ipynb #6787e9ab
-class SteeringPatchHandle:
+# %% ../nbs/reference/steering.ipynb #a7ee6547
+class SteeringPatchHandle(Attachment):
     "Steering that has been checked and can be attached: a context manager, or `attach()` and `remove()`."
 
     def __init__(
         self,
-        model: nn.Module,                # whose layers will be edited
-        modules: Mapping[int, str],      # layer number to module name
+        model: nn.Module,  # whose layers will be edited
+        modules: Mapping[int, str],  # layer number to module name
         edits: Mapping[int, LayerEdit],  # layer number to what happens there; empty where the multiplier is 0
-        tracker: PassTracker | None,     # knows where a pass stands; None if every token is meant
-        about: Mapping[str, Any],        # for display: layer_type, operator, multiplier, selection, prompt
+        tracker: PassTracker | None,  # knows where a pass stands; None if every token is meant
+        about: Mapping[str, Any],  # for display: layer_type, operator, multiplier, selection, prompt
     ):
-        self.model, self.modules, self.edits, self.tracker, self.about = model, dict(modules), dict(edits), tracker, dict(about)
-        self.hooks: list[HookHandle] = []
+        self.model, self.modules, self.edits, self.about = model, dict(modules), dict(edits), dict(about)
+        self.tracker, self.attached, self.depth = tracker, False, 0
+        hooks = [HookHandle(model.get_submodule(self.modules[n]), edit, "edits") for n, edit in edits.items()]
+        self.parts: list[Attachment] = [tracker, *hooks] if tracker is not None and hooks else [*hooks]
+
+    def _attach(self) -> None:
+        for part in self.parts:
+            part.attach()
+        self.attached = True
+
+    def _remove(self) -> None:
+        for part in self.parts:
+            part.remove()
         self.attached, self.depth = False, 0
 
-    def attach(self) -> "SteeringPatchHandle":
+    def attach(self) -> Self:
         "Steer from now on, until `remove()`. Attaching twice is an error."
         if self.attached:
             raise ValueError("This handle is already attached. Call remove() first, or make another one with apply().")
-        modules = {n: self.model.get_submodule(self.modules[n]) for n in self.edits}
-        self.hooks = [HookHandle(modules[n], edit, "edits") for n, edit in self.edits.items()]
-        try:
-            if self.tracker is not None and self.edits:
-                self.tracker.attach()
-            for hook in self.hooks:
-                hook.attach()
-            self.attached = True
-            return self
-        except BaseException:
-            self.remove()
-            raise
+        return super().attach()
 
-    def remove(self) -> None:
-        "Steer no longer. Removing twice is allowed, and so is any order among several handles."
-        try:
-            self._remove()
-        except KeyboardInterrupt:  # pressed while removing: finish first
-            self._remove()
-            raise
-
-    def _remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        if self.tracker is not None:
-            self.tracker.remove()
-        self.hooks, self.attached, self.depth = [], False, 0
-
-    def __enter__(self) -> "SteeringPatchHandle":
+    def __enter__(self) -> Self:
         try:
             if not self.attached:
                 self.attach()
@@ -226,7 +218,7 @@ class SteeringPatchHandle:
     def _repr_html_(self) -> str:
         return _as_html(self)
 
-# %% ../nbs/reference/steering.ipynb #ae97bd89
+# %% ../nbs/reference/steering.ipynb #7bf37a27
 AHEAD = 4  # generated columns shown in a picture
 
 
@@ -244,7 +236,9 @@ def _cells(handle: SteeringPatchHandle) -> list[list[tuple[str, bool, bool]]]:
     rows = []
     for r in range(b):
         words = prompt.words[r] if prompt.words is not None else [str(i) for i in prompt.ids[r].tolist()]
-        texts = [w.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "↵") for w in words] + [f"+{i + 1}" for i in range(AHEAD)]
+        texts = [w.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "↵") for w in words] + [
+            f"+{i + 1}" for i in range(AHEAD)
+        ]
         rows.append([(t, bool(on[r, c]), bool(c >= s or real[r, c])) for c, t in enumerate(texts)])
     return rows
 
@@ -281,30 +275,35 @@ def _as_html(handle: SteeringPatchHandle) -> str:
             f'<span style="{style}{"background:#E69F00;color:#000" if on else "background:#eee;color:#333" if real else "color:#aaa"}">{escape(t)}</span>'
             for t, on, real in row
         ]
-        lines.append(f'<div>{"".join(spans[:bar])}<b> | </b>{"".join(spans[bar:])} …</div>')
+        lines.append(f"<div>{''.join(spans[:bar])}<b> | </b>{''.join(spans[bar:])} …</div>")
     return "\n".join(lines)
 
-# %% ../nbs/reference/steering.ipynb #8a30ff34
+# %% ../nbs/reference/steering.ipynb #877f4852
 def prepare_steering(
-    model: nn.Module,                              # any model whose layers can be found
-    vectors: Mapping[int, Tensor],                 # layer number to (d,); negative numbers count from the end
-    layer_type: LayerType = "decoder_block",       # which output of each block to edit
+    model: nn.Module,  # any model whose layers can be found
+    vectors: Mapping[int, Tensor],  # layer number to (d,); negative numbers count from the end
+    layer_type: LayerType = "decoder_block",  # which output of each block to edit
     layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
-    operator: PatchDeltaOperator | None = None,    # None: addition
+    operator: PatchDeltaOperator | None = None,  # None: addition
     multiplier: float | Sequence[float] | Tensor = 1.0,  # a number, or one a row
-    selection: Selection | None = None,            # which tokens; None for all
-    prompt: Any = None,                            # ids or tokenizer's output, where the prompt's end must be known
-) -> SteeringPatchHandle:                          # checked, not attached
+    selection: Selection | None = None,  # which tokens; None for all
+    prompt: Any = None,  # ids or tokenizer's output, where the prompt's end must be known
+) -> SteeringPatchHandle:  # checked, not attached
     "Check everything, touch nothing."
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}." + (" Steer its .model." if hasattr(model, "model") else ""))
+        raise TypeError(
+            f"model must be a torch.nn.Module, not a {type(model).__name__}."
+            + (" Steer its .model." if hasattr(model, "model") else "")
+        )
     if not vectors:
         raise ValueError("The vector has no layers, so there is nothing to steer.")
     if operator is not None and not callable(operator):
-        raise TypeError(f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one.")
+        raise TypeError(
+            f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one."
+        )
     found = resolve_layers(model, layer_type, layer_config)
     numbers = resolve_layer_numbers(vectors, found, layer_type)
-    by_number = dict(zip(numbers, vectors.values()))
+    by_number = dict(zip(numbers, vectors.values(), strict=True))
     for n, v in by_number.items():
         _check_width(model, n, v)
     m = as_multiplier(multiplier)
@@ -323,17 +322,25 @@ def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
     "Refuse a vector that cannot belong to this model. (A few families return several streams, so a multiple may be right.)"
     if not isinstance(v, Tensor) or v.ndim != 1 or not v.is_floating_point():
         what = f"shape {tuple(v.shape)} and dtype {v.dtype}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
-        raise ValueError(f"The vector of layer {n} must be one row of floating-point numbers, shape (d,); it is {what}.")
+        raise ValueError(
+            f"The vector of layer {n} must be one row of floating-point numbers, shape (d,); it is {what}."
+        )
     config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None)
     if isinstance(width, int) and (len(v) % width or not len(v)):
-        raise ValueError(f"The vector of layer {n} has width {len(v)}, but the hidden size of {type(model).__name__} is {width}. Was it trained on another model?")
+        raise ValueError(
+            f"The vector of layer {n} has width {len(v)}, but the hidden size of {type(model).__name__} is {width}. Was it trained on another model?"
+        )
 
 
 def _check_reach(selection: Selection | None, prompt: Prompt | None) -> None:
     "Refuse a selection within the prompt that selects nothing of it."
-    if prompt is None or not isinstance(selection, Tokens) or any(s.part != "prompt" or s.without for s in selection.spans):
+    if (
+        prompt is None
+        or not isinstance(selection, Tokens)
+        or any(s.part != "prompt" or s.without for s in selection.spans)
+    ):
         return
     mask = select(selection, Place(0, len(prompt.lengths), prompt.columns, prompt.columns, prompt.lengths, prompt.real))
     if mask is False or (isinstance(mask, Tensor) and not bool(mask.any())):

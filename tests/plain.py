@@ -67,7 +67,9 @@ def ablate_then_add(h: Tensor, v: Tensor) -> Tensor:
 
 
 @contextmanager
-def steered(model: nn.Module, vectors: Mapping[str, Tensor], columns: Sequence[int], change: Change = add) -> Iterator[None]:
+def steered(
+    model: nn.Module, vectors: Mapping[str, Tensor], columns: Sequence[int], change: Change = add
+) -> Iterator[None]:
     "While open, the outputs of the named modules are changed at the given columns, for one row of text."
 
     def hook_for(v: Tensor) -> Callable[..., Any]:

@@ -76,7 +76,9 @@ def test_the_fault_is_real(model: Any) -> None:
     assert len(calls) < NEW, "the compiled passes did not call it"
 
 
-@pytest.mark.parametrize("say,first", [({}, 0), ({"min_token_index": 3}, 3), ({"min_token_index": S + 1}, S + 1)], ids=str)
+@pytest.mark.parametrize(
+    "say,first", [({}, 0), ({"min_token_index": 3}, 3), ({"min_token_index": S + 1}, S + 1)], ids=str
+)
 def test_static_cache_generation_that_compiles(model: Any, say: dict[str, Any], first: int) -> None:
     "Steered on every pass, before and after unsteered runs; the model is clean afterwards."
     vector = SteeringVector(vectors())
@@ -105,7 +107,9 @@ def test_compiled_generation_without_steering_is_compiled_again_afterwards(model
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "it compiles again, once the model is free"
 
 
-@pytest.mark.parametrize("say", [{}, {"min_token_index": 2}, {"token_indices": [0, 3]}, {"tokens": Tokens.response}], ids=str)
+@pytest.mark.parametrize(
+    "say", [{}, {"min_token_index": 2}, {"token_indices": [0, 3]}, {"tokens": Tokens.response}], ids=str
+)
 @pytest.mark.parametrize("how", ["the whole model", "torch.compile(model)", "its blocks"])
 def test_compiled_called_applied_called(model: Any, say: dict[str, Any], how: str) -> None:
     ids, backend = prompt()["input_ids"], Traced()
@@ -136,4 +140,7 @@ def test_compiled_called_applied_called(model: Any, say: dict[str, Any], how: st
 
 def test_a_vector_of_the_plain_model_fits_the_compiled_one(model: Any) -> None:
     compiled = torch.compile(model, backend="eager")
-    assert list(SteeringVector(vectors()).apply(compiled).modules.values()) == ["_orig_mod.model.layers.0", "_orig_mod.model.layers.1"]
+    assert list(SteeringVector(vectors()).apply(compiled).modules.values()) == [
+        "_orig_mod.model.layers.0",
+        "_orig_mod.model.layers.1",
+    ]

@@ -111,7 +111,16 @@ def test_outputs_of_every_kind() -> None:
 
     Pair = namedtuple("Pair", "state extra")
     h, g = torch.ones(2), torch.zeros(2)
-    outputs: list[Any] = [h, (h, None), [h, "x"], (None, h), Pair(h, 3), {"a": None, "h": h}, OrderedDict(h=h, b=1), BaseModelOutputWithPast(last_hidden_state=h)]
+    outputs: list[Any] = [
+        h,
+        (h, None),
+        [h, "x"],
+        (None, h),
+        Pair(h, 3),
+        {"a": None, "h": h},
+        OrderedDict(h=h, b=1),
+        BaseModelOutputWithPast(last_hidden_state=h),
+    ]
     for output in outputs:
         assert get_hidden(output) is h
         new = with_hidden(output, g)

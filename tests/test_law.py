@@ -68,7 +68,9 @@ COLUMNS = [
     Case("slice", {"token_indices": slice(1, S + 2, 2)}, lambda c, own, n, r: 1 <= c < S + 2 and c % 2 == 1),
     Case("mask (s,)", {"token_indices": torch.tensor(MASK)}, lambda c, own, n, r: c < S + 2 and MASK[c] == 1),
 ]
-BY_ROW = [Case("mask (b, s)", {"token_indices": torch.tensor(MASKS)}, lambda c, own, n, r: c < S + 2 and MASKS[r][c] == 1)]
+BY_ROW = [
+    Case("mask (b, s)", {"token_indices": torch.tensor(MASKS)}, lambda c, own, n, r: c < S + 2 and MASKS[r][c] == 1)
+]
 NAMED = [
     Case("negative columns", {"token_indices": [-1, -3]}, lambda c, own, n, r: c in (S - 1, S - 3), True),
     Case("Tokens.all", {"tokens": Tokens.all}, lambda c, own, n, r: True),
@@ -219,13 +221,21 @@ def test_a_draft_in_the_first_pass_is_not_taken_for_the_prompt(model: Any, case:
     ids = torch.tensor([[7, 8, 9, 7, 8, 9]])
     before = plain.hooks_on(model)
     with pytest.raises(ValueError, match="prompt="), vector_of(model).apply(model, **case.say):
-        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, prompt_lookup_num_tokens=3, max_new_tokens=2, min_new_tokens=2)
+        generate(
+            model,
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+            prompt_lookup_num_tokens=3,
+            max_new_tokens=2,
+            min_new_tokens=2,
+        )
     assert plain.hooks_on(model) == before
 
 
 @named(EVERY)
 def test_several_generations_in_one_context(model: Any, case: Case) -> None:
-    second = {name: t.flip(0) for name, t in prompts().items()}  # another prompt, of the same shape, padded in the other row
+    second = {
+        name: t.flip(0) for name, t in prompts().items()
+    }  # another prompt, of the same shape, padded in the other row
     with vector_of(model).apply(model, **case.say):
         outs = [(given, generate(model, given)) for given in (prompts(), second, prompts())]
     for given, out in outs:
@@ -255,7 +265,9 @@ def test_a_second_turn_from_a_kept_cache(model: Any, case: Case, whole: bool) ->
         sequence = torch.cat([ids[r], out.sequences[r, -NEW:]])
 
         def want(c: int, own: int, n: int, row: int, r: int = r) -> bool:
-            return c >= cached and case.want(c if not case.say.get("token_indices") == [-1, -3] else c - columns + S, own, n, row)
+            return c >= cached and case.want(
+                c if not case.say.get("token_indices") == [-1, -3] else c - columns + S, own, n, row
+            )
 
         kept = Case(case.name, case.say, want)
         compare(model, prompt, r, sequence, steps[r], kept)
@@ -268,7 +280,9 @@ def test_both_turns_steered(model: Any, case: Case) -> None:
         with vector_of(model).apply(model, **case.say), pytest.raises(ValueError, match="prompt="):
             first = generate(model, one())
             ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
-            generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=first.past_key_values)
+            generate(
+                model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=first.past_key_values
+            )
         return
     with vector_of(model).apply(model, **case.say):
         first = generate(model, one())
@@ -282,13 +296,19 @@ def test_both_turns_steered(model: Any, case: Case) -> None:
 def test_the_base_model_called_directly(model: Any, case: Case) -> None:
     "A loop of one's own over the model without its head, with a cache; also with the prompt read in two passes."
     given = prompts()
-    sequence = torch.cat([given["input_ids"], torch.randint(3, 90, (2, 3), generator=torch.Generator().manual_seed(4))], 1)
+    sequence = torch.cat(
+        [given["input_ids"], torch.randint(3, 90, (2, 3), generator=torch.Generator().manual_seed(4))], 1
+    )
     mask = torch.cat([given["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     states, cache = [], None
     with torch.no_grad(), vector_of(model).apply(model, **case.say, prompt=given if case.needs_prompt else None):
         for start, end in [(0, 4), (4, S), (S, S + 1), (S + 1, S + 3)]:
-            inputs = {"input_ids": sequence[:, start:end], "attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+            inputs = {
+                "input_ids": sequence[:, start:end],
+                "attention_mask": mask[:, :end],
+                "position_ids": positions[:, start:end],
+            }
             out = model.model(**inputs, past_key_values=cache, use_cache=True)
             states.append(out.last_hidden_state)
             cache = out.past_key_values
@@ -357,7 +377,12 @@ def test_other_families(kind: str, case: Case) -> None:
     "Learned absolute positions, sliding windows, another way to pass arguments: greedy, static, chunked and beams."
     other = tiny_model(kind, num_layers=2).to(WIDE[kind])
     layer, given = plain.MODULES[kind]["decoder_block"], prompts()
-    for how in [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}, {"num_beams": 2, "num_return_sequences": 2}]:
+    for how in [
+        {},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ]:
         with vector_of(other).apply(other, **case.say, prompt=given if case.needs_prompt else None):
             out = generate(other, given, **how)
         copies = len(out.sequences) // 2

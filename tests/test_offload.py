@@ -62,8 +62,15 @@ def test_steering_an_offloaded_model(kind: str, how: str, tmp_path: Path) -> Non
     assert any(p.device.type == "meta" for p in outside.parameters()), "something is offloaded"
     before = plain.hooks_on(outside)
     for layer_type in ("decoder_block", "mlp", "input_layernorm"):
-        vector = SteeringVector({n: torch.randn(32, generator=torch.Generator().manual_seed(n)) for n in (0, 1, 2)}, layer_type)
-        for say in [{}, {"min_token_index": 3}, {"tokens": Tokens.response}, {"operator": ablation_operator(), "multiplier": [1, 0]}]:
+        vector = SteeringVector(
+            {n: torch.randn(32, generator=torch.Generator().manual_seed(n)) for n in (0, 1, 2)}, layer_type
+        )
+        for say in [
+            {},
+            {"min_token_index": 3},
+            {"tokens": Tokens.response},
+            {"operator": ablation_operator(), "multiplier": [1, 0]},
+        ]:
             with vector.apply(inside, prompt=prompt(), **say):
                 expected = generate(inside)
             with vector.apply(outside, prompt=prompt(), **say), record_activations(outside) as recorded:

@@ -106,13 +106,18 @@ OPERATORS: list[tuple[Any, plain.Change]] = [
 ]
 
 
-@pytest.mark.parametrize("operator,change", OPERATORS, ids=["add", "ablate", "ablate half", "ablate then add", "custom"])
+@pytest.mark.parametrize(
+    "operator,change", OPERATORS, ids=["add", "ablate", "ablate half", "ablate then add", "custom"]
+)
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_operators_with_a_multiplier_a_row(kind: str, operator: Any, change: plain.Change) -> None:
     model, (given, rows) = model_of(kind), batch("left")
     vectors, multipliers = directions(model), [1.5, 0.0, -0.5]
     for layer_type in ("decoder_block", "mlp"):
-        with torch.no_grad(), SteeringVector(vectors, layer_type).apply(model, operator=operator, multiplier=multipliers):
+        with (
+            torch.no_grad(),
+            SteeringVector(vectors, layer_type).apply(model, operator=operator, multiplier=multipliers),
+        ):
             steered = model(**given).logits
         moved = []
         for r, (row, m) in enumerate(zip(rows, multipliers, strict=True)):
@@ -140,7 +145,9 @@ def test_bfloat16_is_no_further_from_float32_than_the_plain_computation(kind: st
             exact = plain.logits(high, row, named, range(len(row)))
             with torch.no_grad(), SteeringVector(vectors, layer_type).apply(low):
                 ours.append(error(low(row[None]).logits[0], exact))
-            plainly.append(error(plain.logits(low, row, {k: v.bfloat16() for k, v in named.items()}, range(len(row))), exact))
+            plainly.append(
+                error(plain.logits(low, row, {k: v.bfloat16() for k, v in named.items()}, range(len(row))), exact)
+            )
     assert sum(ours) <= 1.0001 * sum(plainly)
     assert sum(ours) > 0, "bfloat16 is rounded, and the comparison sees it"
 
@@ -158,7 +165,9 @@ def test_a_projection_in_bfloat16_removes_what_it_says(operator: Any, change: Ca
     hook.remove()
     # the user's own hook ran after ours in the second pass, so it saw the edited state
     before, after = seen[0].float() @ v[1] / (v[1] @ v[1]), seen[1].float() @ v[1] / (v[1] @ v[1])
-    wanted = {"ablation_operator()": 0 * before, "ablation_operator(fraction=0.5)": before / 2}.get(repr(operator), torch.ones_like(before))
+    wanted = {"ablation_operator()": 0 * before, "ablation_operator(fraction=0.5)": before / 2}.get(
+        repr(operator), torch.ones_like(before)
+    )
     scale = before.abs().max()
     assert (before - wanted).abs().max() > 0.1 * scale
     assert (after - wanted).abs().max() < 0.02 * scale.clamp(min=1)
@@ -178,7 +187,13 @@ def test_recordings(kind: str, layer_type: Any) -> None:
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-PAIRS = [("I am so glad", "I am sad"), ("What a day!", "What a long and dreadful day"), ("Yes", "No, never"), ("Hooray", "Oh no"), ("a", "b")]
+PAIRS = [
+    ("I am so glad", "I am sad"),
+    ("What a day!", "What a long and dreadful day"),
+    ("Yes", "No, never"),
+    ("Hooray", "Oh no"),
+    ("a", "b"),
+]
 
 
 def expected_vector(model: Any, kind: str, layer_type: str, n: int, read: int = -1) -> Tensor:
@@ -186,7 +201,10 @@ def expected_vector(model: Any, kind: str, layer_type: str, n: int, read: int = 
     name = plain.MODULES[kind][layer_type].format(n)
 
     def mean(which: int) -> Tensor:
-        acts = [plain.activation(model, torch.tensor(tokenizer(pair[which])["input_ids"]), name, read).float() for pair in PAIRS]
+        acts = [
+            plain.activation(model, torch.tensor(tokenizer(pair[which])["input_ids"]), name, read).float()
+            for pair in PAIRS
+        ]
         return torch.stack(acts).mean(0)
 
     return mean(0) - mean(1)
@@ -243,4 +261,7 @@ def test_the_comparisons_can_fail() -> None:
         steered = model(**given).logits[0][given["attention_mask"][0].bool()]
     off = {name: 1.001 * v for name, v in modules("llama", "decoder_block", vectors).items()}
     assert plain.far(steered, plain.logits(model, rows[0], off, range(4))) > CLOSE
-    assert plain.far(steered, plain.logits(model, rows[0], modules("llama", "decoder_block", vectors), range(1, 4))) > CLOSE
+    assert (
+        plain.far(steered, plain.logits(model, rows[0], modules("llama", "decoder_block", vectors), range(1, 4)))
+        > CLOSE
+    )

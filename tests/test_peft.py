@@ -38,14 +38,19 @@ def test_steered_generation(kind: str, layer_type: Any) -> None:
     model, g = wrapped(kind), torch.Generator().manual_seed(2)
     directions = {n: torch.randn(32, generator=g) for n in (0, 2)}
     before = plain.hooks_on(model)
-    for say, want in [({"min_token_index": 3}, lambda c, own, n: c >= 3), ({"tokens": Tokens.response}, lambda c, own, n: own >= n - 1)]:
+    for say, want in [
+        ({"min_token_index": 3}, lambda c, own, n: c >= 3),
+        ({"tokens": Tokens.response}, lambda c, own, n: own >= n - 1),
+    ]:
         with SteeringVector(directions, layer_type).apply(model, prompt=prompt(), **say):
             out = model.generate(**prompt(), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0,
                                  return_dict_in_generate=True, output_logits=True)  # fmt: skip
         named = {"base_model.model." + plain.MODULES[kind][layer_type].format(n): v for n, v in directions.items()}
         for r, pads in enumerate((2, 0)):
             n = 6 - pads
-            expected = plain.logits_of_steps(model, out.sequences[r], 6, pads, named, lambda c, own, n=n, want=want: want(c, own, n))
+            expected = plain.logits_of_steps(
+                model, out.sequences[r], 6, pads, named, lambda c, own, n=n, want=want: want(c, own, n)
+            )
             unsteered = plain.logits_of_steps(model, out.sequences[r], 6, pads, {}, lambda c, own: False)
             assert plain.far(torch.stack([s[r] for s in out.logits]), expected) < 1e-5
             assert plain.far(expected, unsteered) > 1e-3
@@ -54,13 +59,17 @@ def test_steered_generation(kind: str, layer_type: Any) -> None:
 
 def test_layers_and_training() -> None:
     model, inner = wrapped("llama"), tiny_model("llama")
-    assert {k: len(v) for k, v in find_layers(model).layers.items()} == {k: len(v) for k, v in find_layers(inner).layers.items()}
+    assert {k: len(v) for k, v in find_layers(model).layers.items()} == {
+        k: len(v) for k, v in find_layers(inner).layers.items()
+    }
     pairs = [("I am glad", "I am sad"), ("Hooray", "Oh no")]
     vector = train_steering_vector(model, tiny_tokenizer(), pairs)
     tokenizer = tiny_tokenizer()
     for n in range(3):
         name = f"base_model.model.model.layers.{n}"
-        ends = [[plain.activation(model, torch.tensor(tokenizer(t)["input_ids"]), name) for t in pair] for pair in pairs]
+        ends = [
+            [plain.activation(model, torch.tensor(tokenizer(t)["input_ids"]), name) for t in pair] for pair in pairs
+        ]
         expected = torch.stack([pos - neg for pos, neg in ends]).mean(0)
         assert plain.far(vector.layer_activations[n], expected) < 1e-5
     other = train_steering_vector(inner, tiny_tokenizer(), pairs)
@@ -70,7 +79,12 @@ def test_layers_and_training() -> None:
 def test_a_vector_moves_between_the_wrapped_and_the_plain_model() -> None:
     model = wrapped("llama")
     vector, ids = SteeringVector({1: torch.ones(32)}), prompt()["input_ids"]
-    with torch.no_grad(), model.disable_adapter(), vector.apply(model, min_token_index=2), record_activations(model) as recorded:
+    with (
+        torch.no_grad(),
+        model.disable_adapter(),
+        vector.apply(model, min_token_index=2),
+        record_activations(model) as recorded,
+    ):
         inside = model(ids).logits
     inner = tiny_model("llama")
     with torch.no_grad(), vector.apply(inner, min_token_index=2):

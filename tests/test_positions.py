@@ -8,7 +8,7 @@ import families
 import plain
 import pytest
 import torch
-from test_law import NEW, S, Case, compare, generate, one, prompts, vector_of
+from test_law import NEW, Case, S, compare, generate, one, prompts, vector_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
@@ -100,7 +100,10 @@ def test_a_state_that_is_older_than_the_context_is_refused() -> None:
         out = model(one()["input_ids"], use_cache=True)
         with vector_of(model).apply(model):  # every token: nothing has to be known
             model(torch.tensor([[5]]), state=out.state)
-        with vector_of(model).apply(model, min_token_index=3), pytest.raises(ValueError, match="before the steering context"):
+        with (
+            vector_of(model).apply(model, min_token_index=3),
+            pytest.raises(ValueError, match="before the steering context"),
+        ):
             model(torch.tensor([[5]]), state=out.state)
 
 
@@ -122,7 +125,9 @@ def test_caches_are_given_up(model: Any) -> None:
 # --- what cannot be told ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"guidance_scale": 1.5}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 2}, {"guidance_scale": 1.5}, {"do_sample": True, "num_return_sequences": 2}], ids=str
+)
 def test_without_a_cache_the_prompts_end_does_not_show(model: Any, how: dict[str, Any]) -> None:
     "Also where another pass comes in between, as with guidance."
     with vector_of(model).apply(model, tokens=Tokens.response), pytest.raises(ValueError, match="prompt="):
@@ -150,7 +155,10 @@ def test_padding_that_is_not_told_is_refused() -> None:
         else:
             with vector.apply(model, **say), pytest.raises(ValueError, match="padding cannot be told"):
                 generate(model, given, cache_implementation="static")
-            with vector.apply(model, **say, prompt=given["input_ids"]), pytest.raises(ValueError, match="padding cannot be told"):
+            with (
+                vector.apply(model, **say, prompt=given["input_ids"]),
+                pytest.raises(ValueError, match="padding cannot be told"),
+            ):
                 generate(model, given, cache_implementation="static")
             with vector.apply(model, **say, prompt=given):
                 static = generate(model, given, cache_implementation="static")
@@ -176,13 +184,18 @@ WRONG = {
     "other ids": lambda g: {**g, "input_ids": g["input_ids"] + 1},
     "one other id in the second chunk": lambda g: {**g, "input_ids": g["input_ids"] + torch.tensor([0] * 5 + [1])},
     "no padding": lambda g: {**g, "attention_mask": torch.ones_like(g["attention_mask"])},
-    "padding on the other side": lambda g: {"input_ids": g["input_ids"].roll(-2, 1), "attention_mask": g["attention_mask"].roll(-2, 1)},
+    "padding on the other side": lambda g: {
+        "input_ids": g["input_ids"].roll(-2, 1),
+        "attention_mask": g["attention_mask"].roll(-2, 1),
+    },
     "more padding": lambda g: {k: torch.cat([torch.zeros(2, 2, dtype=torch.long), t], 1) for k, t in g.items()},
     "a row less": lambda g: {k: t[:1].repeat(3, 1) for k, t in g.items()},
 }
 
 
-@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=str
+)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_prompt_that_is_not_the_one_is_refused(model: Any, wrong: str, how: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="prompt= (is not what|has 3 rows)"):
@@ -230,7 +243,16 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2", "item"):
+        if name in (
+            "_local_scalar_dense",
+            "nonzero",
+            "is_nonzero",
+            "equal",
+            "masked_select",
+            "unique_dim",
+            "_unique2",
+            "item",
+        ):
             self.seen[name] = self.seen.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
 
@@ -270,6 +292,10 @@ def test_a_token_costs_no_synchronisation(model: Any, say: dict[str, Any]) -> No
 
 def test_a_wait_would_be_counted(model: Any) -> None:
     "An operator that looks at its numbers is seen by the count."
-    with Waits() as counted, torch.no_grad(), vector_of(model).apply(model, operator=lambda h, v: v if h.sum() > 0 else -v):
+    with (
+        Waits() as counted,
+        torch.no_grad(),
+        vector_of(model).apply(model, operator=lambda h, v: v if h.sum() > 0 else -v),
+    ):
         model(one()["input_ids"])
     assert sum(counted.seen.values()) >= 2

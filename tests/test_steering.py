@@ -18,7 +18,14 @@ from steering_vectors.demo import tiny_model
 from steering_vectors.tokens import Tokens
 
 D = 32
-OPERATORS = [None, addition_operator(), ablation_operator(), ablation_operator(0.5), ablation_then_addition_operator(), lambda h, v: h * v]
+OPERATORS = [
+    None,
+    addition_operator(),
+    ablation_operator(),
+    ablation_operator(0.5),
+    ablation_then_addition_operator(),
+    lambda h, v: h * v,
+]
 NAMES = ["none", "add", "ablate", "half", "ablate then add", "custom"]
 SELECTIONS: list[dict[str, Any]] = [{}, {"min_token_index": 3}, {"token_indices": [1, 6]}, {"tokens": Tokens.response}]
 
@@ -39,7 +46,9 @@ def direction(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def generate(model: Any, ids: Tensor, **how: Any) -> Any:
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0} | how
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **options, return_dict_in_generate=True, output_logits=True)
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), **options, return_dict_in_generate=True, output_logits=True
+    )
 
 
 # --- one multiplier a row --------------------------------------------------------------------------------------------
@@ -84,7 +93,9 @@ def test_minus_zero_stays(say: dict[str, Any], model: Any, ids: Tensor) -> None:
 @pytest.mark.parametrize("say", SELECTIONS, ids=str)
 @pytest.mark.parametrize("layer_type", ["decoder_block", "mlp"])
 @pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_each_row_is_what_it_would_be_alone(kind: str, layer_type: Any, operator: Any, say: dict[str, Any], ids: Tensor) -> None:
+def test_each_row_is_what_it_would_be_alone(
+    kind: str, layer_type: Any, operator: Any, say: dict[str, Any], ids: Tensor
+) -> None:
     model = tiny_model(kind)
     vector, ms = SteeringVector({0: direction(1), 2: direction(2)}, layer_type), [-1.0, 0.0, 2.0]
     with vector.apply(model, operator=operator, multiplier=ms, prompt=ids, **say):
@@ -106,7 +117,9 @@ def test_beams_and_returned_sequences_keep_their_rows_multiplier(model: Any, ids
             out = generate(model, two, output_scores=True, **how)
         for r, sequence in enumerate(out.sequences):
             m = float(multiplier[r // 2])
-            expected = plain.logits_of_steps(model, sequence, 5, 0, {"model.layers.1": m * direction(1)}, lambda c, own: True)
+            expected = plain.logits_of_steps(
+                model, sequence, 5, 0, {"model.layers.1": m * direction(1)}, lambda c, own: True
+            )
             at = out.beam_indices[r].tolist() if "num_beams" in how else [r] * 3
             assert plain.far(torch.stack([out.logits[t][at[t]] for t in range(3)]), expected) < 1e-5
 
@@ -152,7 +165,11 @@ def test_several_vectors_compose_in_opening_order(model: Any, ids: Tensor) -> No
             model(ids)
         return recorded[1][0] @ unit
 
-    ablate, add_a, add_b = (lambda: a.apply(model, operator=ablation_operator())), (lambda: a.apply(model)), (lambda: b.apply(model))
+    ablate, add_a, add_b = (
+        (lambda: a.apply(model, operator=ablation_operator())),
+        (lambda: a.apply(model)),
+        (lambda: b.apply(model)),
+    )
     base, norm = along(), direction(1).norm()
     assert torch.allclose(along(ablate(), add_a()), norm.expand(3, 5), atol=1e-4), "the addition survives"
     assert torch.allclose(along(add_a(), ablate()), torch.zeros(3, 5), atol=1e-4), "the ablation has the last word"
@@ -164,7 +181,11 @@ def test_selections_of_several_vectors_do_not_mix(model: Any, ids: Tensor) -> No
     a, b = SteeringVector({1: direction(1)}), SteeringVector({1: direction(2)})
     with torch.no_grad(), record_activations(model) as recorded:
         model(ids)
-        with a.apply(model, token_indices=[1]), b.apply(model, min_token_index=3), a.apply(model, token_indices=[4], multiplier=[0, 1, 2]):
+        with (
+            a.apply(model, token_indices=[1]),
+            b.apply(model, min_token_index=3),
+            a.apply(model, token_indices=[4], multiplier=[0, 1, 2]),
+        ):
             model(ids)
     moved = recorded[1][1] - recorded[1][0]
     expected = torch.zeros(3, 5, D)
@@ -216,7 +237,9 @@ def test_nothing_is_written_into(operator: Any, say: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vector_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS[1:5], ids=NAMES[1:5])
-def test_the_vector_follows_the_activation(model_dtype: torch.dtype, vector_dtype: torch.dtype, operator: Any, ids: Tensor) -> None:
+def test_the_vector_follows_the_activation(
+    model_dtype: torch.dtype, vector_dtype: torch.dtype, operator: Any, ids: Tensor
+) -> None:
     model, v = tiny_model("llama", dtype=model_dtype), direction(1, vector_dtype)
     with torch.no_grad(), record_activations(model) as recorded:
         model(ids)
@@ -228,7 +251,10 @@ def test_the_vector_follows_the_activation(model_dtype: torch.dtype, vector_dtyp
     component = (before @ w / (w @ w))[..., None] * w
     part = {"addition_operator()": 0, "ablation_operator(fraction=0.5)": 0.5}.get(repr(operator), 1)
     expected = before - part * component + (0 if repr(operator).startswith("ablation_operator") else w)
-    assert plain.far(after, expected) < {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[model_dtype]
+    assert (
+        plain.far(after, expected)
+        < {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[model_dtype]
+    )
 
 
 def test_autocast(model: Any, ids: Tensor) -> None:
@@ -247,7 +273,9 @@ def test_autocast(model: Any, ids: Tensor) -> None:
 @pytest.mark.parametrize("operator", OPERATORS, ids=NAMES)
 @pytest.mark.parametrize("multiplier", [2.0, [1.0, 0.0, -2.0]], ids=["number", "rows"])
 @pytest.mark.parametrize("say", SELECTIONS[:3], ids=str)
-def test_gradients_reach_the_vector_and_the_model(operator: Any, multiplier: Any, say: dict[str, Any], ids: Tensor) -> None:
+def test_gradients_reach_the_vector_and_the_model(
+    operator: Any, multiplier: Any, say: dict[str, Any], ids: Tensor
+) -> None:
     "Compared with finite differences. (The model's norms compute in float32, so steps must not be too small.)"
     model = tiny_model("llama").double()
     weight = torch.randn(3, 5, 100, generator=torch.Generator().manual_seed(9), dtype=torch.float64)

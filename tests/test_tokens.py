@@ -75,7 +75,13 @@ def passes(selection: Any, batch: dict[str, Any], sizes: list[int], said: bool =
     start, found = 0, []
     for size in sizes:
         place = Place(
-            start, batch["b"], size, batch["s"], torch.tensor(batch["lengths"]) if said else None, batch["real"], batch["ids"][:, start : start + size]
+            start,
+            batch["b"],
+            size,
+            batch["s"],
+            torch.tensor(batch["lengths"]) if said else None,
+            batch["real"],
+            batch["ids"][:, start : start + size],
         )
         mask = select(selection, place)
         found.append(torch.full((batch["b"], size), mask) if isinstance(mask, bool) else mask.expand(batch["b"], -1))
@@ -133,7 +139,13 @@ def test_columns(batch: dict[str, Any], data: Any) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(sequences(), st.one_of(expressions().map(lambda e: e[0]), st.builds(lambda i: as_selection(token_indices=i), st.lists(st.integers(-1, 9), min_size=1))))
+@given(
+    sequences(),
+    st.one_of(
+        expressions().map(lambda e: e[0]),
+        st.builds(lambda i: as_selection(token_indices=i), st.lists(st.integers(-1, 9), min_size=1)),
+    ),
+)
 def test_a_start_that_only_the_device_knows(batch: dict[str, Any], selection: Any) -> None:
     "The same, with the column as a tensor, as a static cache on a GPU gives it."
     for start in range(batch["total"]):
@@ -187,7 +199,12 @@ def test_prompts() -> None:
 
     tokenizer = tiny_tokenizer()
     batch = tokenizer(["Hi!", "Hello"], padding=True, return_tensors="pt")
-    for prompt in [batch, dict(batch), {k: v.tolist() for k, v in batch.items()}, {k: v.numpy() for k, v in batch.items()}]:
+    for prompt in [
+        batch,
+        dict(batch),
+        {k: v.tolist() for k, v in batch.items()},
+        {k: v.numpy() for k, v in batch.items()},
+    ]:
         said = Prompt.of(prompt)
         assert said.columns == 6 and said.lengths.tolist() == [4, 6] and said.real is not None and said.ids is not None
         assert said.real.int().tolist()[0] == [0, 0, 1, 1, 1, 1]
@@ -206,7 +223,14 @@ def test_prompts() -> None:
 
 def test_the_definition_can_disagree() -> None:
     "The two sides of the comparison are two: a response that began one token late would be seen."
-    batch = {"b": 1, "s": 3, "total": 5, "lengths": [3], "real": torch.ones(1, 3, dtype=torch.bool), "ids": torch.zeros(1, 5, dtype=torch.long)}
+    batch = {
+        "b": 1,
+        "s": 3,
+        "total": 5,
+        "lengths": [3],
+        "real": torch.ones(1, 3, dtype=torch.bool),
+        "ids": torch.zeros(1, 5, dtype=torch.long),
+    }
     late = [(lambda n, total: list(range(n, total)), set())]
     assert not torch.equal(passes(Tokens.response, batch, [5]), definition(batch, late))
     assert list(itertools.chain(*passes(Tokens.response, batch, [5]).int().tolist())) == [0, 0, 1, 1, 1]
