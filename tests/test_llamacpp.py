@@ -1,6 +1,7 @@
 """The same vector in llama.cpp and in transformers: the same change, at the same blocks."""
 
 import re
+from pathlib import Path
 
 import llamacpp
 import pytest
@@ -52,6 +53,16 @@ def test_in_float32_the_answers_are_the_same(demo, unquantised, tmp_path, multip
     a, b = words(ours(demo, vector, multiplier)), words(theirs(demo, tmp_path / "joy.gguf", multiplier, unquantised))
     print(multiplier, "|", " ".join(a), "|", " ".join(b))
     assert a[:12] == b[:12]
+
+
+@pytest.mark.parametrize("multiplier", [-3, 0, 3])
+def test_the_guide_quotes_the_engine(demo, unquantised, tmp_path, multiplier):
+    model, tokenizer, _, _ = demo
+    vector = train_steering_vector(model, tokenizer, joy_pairs(tokenizer)[::2], layers=[18], show_progress=False)
+    vector.to_gguf(tmp_path / "joy.gguf")
+    page = (Path(__file__).parents[1] / "nbs" / "guide" / "llama_cpp.ipynb").read_text()
+    said = theirs(demo, tmp_path / "joy.gguf", multiplier, unquantised)
+    assert f'{multiplier}: \\"{" ".join(said.split()[:6])}' in page
 
 
 @pytest.mark.parametrize("multiplier", [0, 3])
