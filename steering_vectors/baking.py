@@ -257,7 +257,7 @@ def in_two_steps(
     first, m = 0.5 if fraction > 1.5 else 2.0, float(multiplier != 0)
     return [(ablation_operator(first), m), (ablation_operator(1 - (1 - fraction) / (1 - first)), m)]
 
-# %% ../nbs/reference/baking.ipynb #e2f6f123
+# %% ../nbs/reference/baking.ipynb #95f0ba6d
 def check_equal(
     baked: "PreTrainedModel",  # the copy
     model: "PreTrainedModel",  # what it was made of
@@ -276,8 +276,8 @@ def check_equal(
     if not error <= allowed:
         raise ValueError(
             f"{type(model).__name__} cannot be baked at `{place[0]}`: the copy differs from the steered model by {error:.1g} of "
-            f"its largest logit, where {allowed:.1g} is allowed. Something that is no addition follows the place, or the "
-            "model computes something that the copy does not."
+            f"its largest logit, where {allowed:.1g} is allowed. Something that is no addition follows the place, the model "
+            "is steered at this moment, or it computes something that the copy does not."
         )
     return error
 
