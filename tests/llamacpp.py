@@ -36,7 +36,12 @@ def build(path: Path) -> None:
         with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
         source = next(Path(folder).glob("*/llama.cpp"))
-        options = ["-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in OFF)]
+        options = [
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DCMAKE_CXX_FLAGS=-w",
+            "-DCMAKE_C_FLAGS=-w",
+            *(f"-D{name}=OFF" for name in OFF),
+        ]
         make = ["cmake", "--build", "build", "--target", "llama-completion", "--parallel", str(os.cpu_count() or 1)]
         for command in (["cmake", "-S", ".", "-B", "build", *options], make):
             done = subprocess.run(command, cwd=source, capture_output=True, text=True)
