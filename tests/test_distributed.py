@@ -50,11 +50,23 @@ def port() -> str:
 def run(folder: Path, launcher: str | None, setup: str = "", broken: str = "") -> subprocess.CompletedProcess[str]:
     script = folder / "train.py"
     script.write_text(textwrap.dedent(SCRIPT).format(setup=setup, broken=broken))
-    launch = ["-m", *LAUNCHERS[launcher], *(["--master_port", port()] if launcher == "torchrun" else ["--main_process_port", port()])] if launcher else []
+    launch = (
+        [
+            "-m",
+            *LAUNCHERS[launcher],
+            *(["--master_port", port()] if launcher == "torchrun" else ["--main_process_port", port()]),
+        ]
+        if launcher
+        else []
+    )
     root = str(Path(__file__).resolve().parents[1])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
-        [sys.executable, *launch, str(script), str(folder / "out-")], env=env, text=True, capture_output=True, timeout=300
+        [sys.executable, *launch, str(script), str(folder / "out-")],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
 
 
@@ -74,7 +86,9 @@ SETUPS = {
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_every_rank_returns_what_one_process_does(name: str, alone: dict[str, dict[int, torch.Tensor]], tmp_path: Path) -> None:
+def test_every_rank_returns_what_one_process_does(
+    name: str, alone: dict[str, dict[int, torch.Tensor]], tmp_path: Path
+) -> None:
     done = run(tmp_path, *SETUPS[name])
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"out-{rank}", weights_only=False) for rank in (0, 1)]
@@ -90,7 +104,9 @@ def test_a_failing_rank_ends_the_job_with_its_error(tmp_path: Path) -> None:
     done = run(tmp_path, "torchrun", "import os", broken)
     assert done.returncode != 0
     assert "ZeroDivisionError: division by zero" in done.stderr
-    assert "Rank 1 of 2 failed, so there is no result. ZeroDivisionError" in done.stderr or "RANK" in done.stderr.upper()
+    assert (
+        "Rank 1 of 2 failed, so there is no result. ZeroDivisionError" in done.stderr or "RANK" in done.stderr.upper()
+    )
 
 
 def test_one_process_asks_nobody() -> None:

@@ -4,24 +4,25 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from steering_vectors import SteeringVectorTrainingSample as Sample
 from steering_vectors import (
     Tokens,
     ablation_operator,
     addition_operator,
     extract_activations,
+    extraction,
     logistic_aggregator,
     mean_aggregator,
     pca_aggregator,
     train_steering_vector,
 )
-from steering_vectors import SteeringVectorTrainingSample as Sample
-from steering_vectors import extraction
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.layers import LAYER_TYPES, resolve_layers
 
@@ -33,7 +34,14 @@ PAIRS = [(f"{HEAD}{q}? {good}", f"{HEAD}{q}? {bad}") for q, good, bad in [
 ]]  # fmt: skip
 
 
-def by_hand(model: nn.Module, names: dict[int, str], texts: list[str], read: Callable[[int], list[int]]) -> dict[int, Tensor]:
+def keep(kept: dict[int, Tensor], n: int, s: int, module: nn.Module, args: Any, out: Any) -> None:
+    h = out if isinstance(out, Tensor) else out[0]
+    kept[n] = h.view(1, s, -1).clone()  # Falcon adds to it in place
+
+
+def by_hand(
+    model: nn.Module, names: dict[int, str], texts: list[str], read: Callable[[int], list[int]]
+) -> dict[int, Tensor]:
     "One text a pass, whole model, own hooks."
     tokenizer, found = tiny_tokenizer(), {n: [] for n in names}
     for text in texts:
@@ -41,10 +49,7 @@ def by_hand(model: nn.Module, names: dict[int, str], texts: list[str], read: Cal
         kept: dict[int, Tensor] = {}
         handles = []
         for n, name in names.items():
-            def hook(module: nn.Module, args: Any, out: Any, n: int = n) -> None:
-                h = out if isinstance(out, Tensor) else out[0]
-                kept[n] = h.view(1, ids.shape[1], -1).clone()  # Falcon adds to it in place
-
+            hook = partial(keep, kept, n, ids.shape[1])
             handles.append(model.get_submodule(name).register_forward_hook(hook))
         with torch.no_grad():
             model(ids)
@@ -95,7 +100,9 @@ def test_positions(kind: str) -> None:
 def test_tokens_are_pooled() -> None:
     model = tiny_model("llama")
     pos, neg = extract_activations(model, tiny_tokenizer(), PAIRS, read=Tokens.all)
-    wanted = by_hand(model, dict(resolve_layers(model, "decoder_block")), [p for p, _ in PAIRS], lambda n: list(range(n)))
+    wanted = by_hand(
+        model, dict(resolve_layers(model, "decoder_block")), [p for p, _ in PAIRS], lambda n: list(range(n))
+    )
     assert all(apart(pos[n], wanted[n]) <= 1e-5 for n in wanted)
     last = extract_activations(model, tiny_tokenizer(), PAIRS, read=Tokens.all[2:5])[0]
     wanted = by_hand(model, dict(resolve_layers(model, "decoder_block")), [p for p, _ in PAIRS], lambda n: [2, 3, 4])
@@ -275,7 +282,9 @@ def test_windows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         windows = train_steering_vector(model, tokenizer, (pair for pair in pairs), aggregator=aggregator)
         monkeypatch.undo()
         for n, v in whole.layer_activations.items():
-            assert torch.allclose(v, windows.layer_activations[n], atol=2e-3 if aggregator is not first_column else 1e-5)
+            assert torch.allclose(
+                v, windows.layer_activations[n], atol=2e-3 if aggregator is not first_column else 1e-5
+            )
         assert whole.provenance.num_pairs == windows.provenance.num_pairs == 11
         for n, norm in whole.provenance.activation_norms.items():
             assert abs(norm - windows.provenance.activation_norms[n]) <= 1e-4 * norm
@@ -378,7 +387,9 @@ def test_words_of_errors() -> None:
 
 def test_peft_adapters_are_read_through() -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
     names = dict(resolve_layers(model, "decoder_block"))
     pos, _ = extract_activations(model, tiny_tokenizer(), PAIRS)
     wanted = by_hand(model, names, [p for p, _ in PAIRS], lambda n: [n - 1])
