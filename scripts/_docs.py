@@ -16,7 +16,8 @@ NOTE = "<!-- Generated from nbs/index.ipynb: edit the notebook, then `scripts/do
 
 
 def import_for_types() -> None:
-    "Let `show_doc` resolve annotations: what a page imports only for type checkers is imported while it is staged."
+    """Let `show_doc` resolve annotations: what a page imports only for type checkers is imported while it is staged, and
+    a class that a signature names before it is defined has a stand-in of its name until then."""
     from nbdev.processors import exec_show_docs
 
     begin = exec_show_docs.begin
@@ -24,11 +25,13 @@ def import_for_types() -> None:
     def begin_with_types(self: exec_show_docs) -> None:
         begin(self)
         for cell in self.nb.cells if hasattr(self, "k") else []:
-            if cell.cell_type != "code" or "if TYPE_CHECKING:" not in cell.source:
+            if cell.cell_type != "code" or not re.search(r"^class |TYPE_CHECKING:", cell.source, re.MULTILINE):
                 continue
             for node in ast.walk(ast.parse(cell.source)):
                 if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
                     self.k.run_cell(ast.unparse(node.body))
+                elif isinstance(node, ast.ClassDef):
+                    self.k.run_cell(f"class {node.name}: ...")
 
     exec_show_docs.begin = begin_with_types
 
