@@ -161,7 +161,10 @@ def table(folder: str, tokenizer: Any, files: list[str | None], args: argparse.N
                 first = ours(**job, save=f"{temp}/ours.pt")  # the check included
                 rounds = []
                 for _ in range(args.repeats):
-                    old = {size: theirs(**job, batch_size=size, save=f"{temp}/theirs.pt" if size == 1 else None) for size in (1, 8, 16)}
+                    old = {
+                        size: theirs(**job, batch_size=size, save=f"{temp}/theirs.pt" if size == 1 else None)
+                        for size in (1, 8, 16)
+                    }
                     rounds.append({"ours": ours(**job), **old})
                 memory = [first["extra"], rounds[0][1]["extra"]]
                 best = {

@@ -221,7 +221,7 @@ def candidates(
     plain = [Way("continued"), Way("padded"), Way("padded", positions=False), Way("single")]
     return plain if any("attention" not in kind or "linear" in kind for kind in kinds) else [*packed, *plain]
 
-# %% ../nbs/reference/extraction.ipynb #038da0da
+# %% ../nbs/reference/extraction.ipynb #8d00266e
 def _probe(texts: Mapping[int, EncodedText]) -> dict[int, EncodedText]:
     "The shortest text, the longest, and the last one that is neither."
     by_length = sorted(texts, key=lambda n: len(texts[n].ids))
@@ -243,8 +243,12 @@ def _apart(
 
     budget = sum(len(text.ids) for text in probe.values()) * len(probe)
     try:
-        with PassReader(inner, modules, shortcut=shortcut) as reader:
+        with PassReader(inner, modules, leave=way.kind != "single", shortcut=shortcut) as reader:
             run_jobs(reader, lambda part, limit: jobs(way, inner, part, limit), probe, budget, done)
+            if way.kind == "continued":  # these few may share no beginning, so one is parted in its middle, twice over
+                n = max(probe, key=lambda n: len(probe[n].ids))
+                parted = continued_pass(inner, {n: probe[n], -1: probe[n]}, min(probe[n].read) // 2, input_device(inner))
+                done([n, -1], reader.run(parted))
     except Exception as error:
         if is_out_of_memory(error):
             raise
