@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Row', 'common_length', 'pack', 'ancestor_mask', 'visible', 'Blocks', 'blocks', 'block_mask', 'Group', 'groups']
 
-# %% ../nbs/reference/packing.ipynb #2a25d308
+# %% ../nbs/reference/packing.ipynb #6b9975d3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/reference/packing.ipynb #a007321b
+# %% ../nbs/reference/packing.ipynb #19ef565b
 @dataclass
 class Row:
     "A prefix tree laid out depth first."
@@ -33,7 +33,7 @@ class Row:
         "Read sequence `number` back."
         return [self.ids[node] for node in self.paths[number]]
 
-# %% ../nbs/reference/packing.ipynb #c3aa4e9a
+# %% ../nbs/reference/packing.ipynb #fc9e279f
 def common_length(
     a: Sequence[int],
     b: Sequence[int],
@@ -48,7 +48,7 @@ def common_length(
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
     return low
 
-# %% ../nbs/reference/packing.ipynb #3e5f22bd
+# %% ../nbs/reference/packing.ipynb #beb4609c
 class _Walk:
     "A row being written; sequences must come sorted."
 
@@ -96,7 +96,7 @@ def pack(
         walk.add(number, ids)
     return [*rows, walk.done()] if walk.row.paths else rows
 
-# %% ../nbs/reference/packing.ipynb #e214bf4e
+# %% ../nbs/reference/packing.ipynb #9e964cef
 def ancestor_mask(
     end: Tensor,  # (s,) as in a `Row`
     depth: Tensor | None = None,  # (s,), needed for `window` and `chunk`
@@ -126,7 +126,7 @@ def visible(
         mask = mask & (depth[q] // chunk == depth[k] // chunk)
     return mask
 
-# %% ../nbs/reference/packing.ipynb #ab01e521
+# %% ../nbs/reference/packing.ipynb #34f541f8
 class Blocks(NamedTuple):
     "A row in stretches of `size` tokens, each with the keys it needs."
 
@@ -162,7 +162,7 @@ def _paths_to(nodes: Iterable[int], depth: list[int], leaves: list[tuple[int, li
             at += 1
         yield leaves[at][1][: depth[node]]
 
-# %% ../nbs/reference/packing.ipynb #1ee2959b
+# %% ../nbs/reference/packing.ipynb #d00fff3c
 def block_mask(
     cut: Blocks,
     end: Tensor,  # (s,)
@@ -175,7 +175,7 @@ def block_mask(
     q = torch.arange(n * cut.size, device=end.device).view(n, cut.size).clamp_max(s - 1)
     return visible(q, cut.keys, end, depth, window, chunk) & cut.used[:, None]
 
-# %% ../nbs/reference/packing.ipynb #2819c1e5
+# %% ../nbs/reference/packing.ipynb #dabc9a3a
 class Group(NamedTuple):
     "Texts that continue one beginning."
 

@@ -6,7 +6,7 @@
 __all__ = ['undisturbed', 'Pass', 'padded_pass', 'Quicker', 'inner_model', 'PassReader', 'Reach', 'mask_kinds', 'packed_pass',
            'TreeAttention', 'tree_attention', 'Shortcut', 'find_shortcut', 'continued_pass']
 
-# %% ../nbs/reference/passes.ipynb #77cb8683
+# %% ../nbs/reference/passes.ipynb #0eee6dd7
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,7 +24,7 @@ from .layers import unwrap
 from .packing import Row, ancestor_mask, block_mask, blocks
 from .samples import EncodedText
 
-# %% ../nbs/reference/passes.ipynb #19847426
+# %% ../nbs/reference/passes.ipynb #17f77bd2
 @contextmanager
 def undisturbed(
     model: nn.Module,
@@ -41,7 +41,7 @@ def undisturbed(
             for module in learning:
                 module.training = True
 
-# %% ../nbs/reference/passes.ipynb #b9dc8b1c
+# %% ../nbs/reference/passes.ipynb #1dc5d9df
 class Pass(NamedTuple):
     "The inputs of one forward pass, and what to take from it."
 
@@ -59,7 +59,7 @@ def _pass(inputs: dict[str, Any], wanted: list[tuple[int, int, list[int]]], atte
     counts = [len(cols) for _, _, cols in wanted]
     return Pass(inputs, places[0], places[1], [number for number, _, _ in wanted], counts, attention)
 
-# %% ../nbs/reference/passes.ipynb #0447fe63
+# %% ../nbs/reference/passes.ipynb #4af89829
 def padded_pass(
     texts: Mapping[int, EncodedText],  # by number
     device: torch.device | str = "cpu",
@@ -73,7 +73,7 @@ def padded_pass(
     wanted = [(number, row, text.read) for row, (number, text) in enumerate(texts.items())]
     return _pass({name: value.to(device) for name, value in inputs.items()}, wanted)
 
-# %% ../nbs/reference/passes.ipynb #05447749
+# %% ../nbs/reference/passes.ipynb #9f485bfd
 class Quicker(TorchFunctionMode):
     "While open, attention over a packed row and linear maps on the CPU are computed in quicker ways."
 
@@ -113,7 +113,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and not torch.is_autocast_enabled("cpu")
     )
 
-# %% ../nbs/reference/passes.ipynb #c55e1165
+# %% ../nbs/reference/passes.ipynb #64c09597
 def inner_model(
     model: nn.Module,  # maybe wrapped
 ) -> nn.Module:
@@ -130,7 +130,7 @@ def _known_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in known or "input_ids" not in known}
 
-# %% ../nbs/reference/passes.ipynb #cfd87ef7
+# %% ../nbs/reference/passes.ipynb #26c28edc
 def _pooled(h: Tensor, counts: list[int]) -> Tensor:
     "The mean of the wanted tokens of each text."
     if len(counts) == len(h):
@@ -138,7 +138,7 @@ def _pooled(h: Tensor, counts: list[int]) -> Tensor:
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     return torch.stack([part.mean(0) for part in wide.split(counts)]).to(h.dtype)
 
-# %% ../nbs/reference/passes.ipynb #f71a1244
+# %% ../nbs/reference/passes.ipynb #67e50936
 class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
@@ -216,7 +216,7 @@ class PassReader:
             raise _EveryLayerRead
         self._now = now
 
-# %% ../nbs/reference/passes.ipynb #2cf90686
+# %% ../nbs/reference/passes.ipynb #7d9be503
 class Reach(NamedTuple):
     "How far back a layer sees."
 
@@ -236,7 +236,7 @@ def mask_kinds(
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     return {kind: reach.get(kind, Reach()) for kind in kinds}
 
-# %% ../nbs/reference/passes.ipynb #71749eb5
+# %% ../nbs/reference/passes.ipynb #51f87b5b
 def packed_pass(
     row: Row,
     texts: Mapping[int, EncodedText],  # by the numbers that the row uses
@@ -260,7 +260,7 @@ def packed_pass(
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
-# %% ../nbs/reference/passes.ipynb #5a6b782b
+# %% ../nbs/reference/passes.ipynb #55903b65
 @dataclass
 class TreeAttention:
     "Attention over a packed row from the keys that each stretch of it can see."
@@ -306,7 +306,7 @@ def tree_attention(
     }
     return TreeAttention(size, cut.keys, {mask.data_ptr(): (mask, few[kind]) for kind, mask in masks.items()})
 
-# %% ../nbs/reference/passes.ipynb #3bc7711a
+# %% ../nbs/reference/passes.ipynb #a08fd38b
 @dataclass
 class Shortcut:
     "The end of a block: `rest` of what enters `norm`."
@@ -340,7 +340,7 @@ def _ending(norm: nn.Module, mlp: nn.Module, after: nn.Module, x: Tensor) -> Ten
     y: Tensor = x + after(get_hidden(mlp(norm(x))))
     return y
 
-# %% ../nbs/reference/passes.ipynb #eec639b8
+# %% ../nbs/reference/passes.ipynb #eb565ae6
 def continued_pass(
     model: nn.Module,  # what will run the pass
     texts: Mapping[int, EncodedText],  # by number; all begin alike

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'Ranks', 'ranks']
 
-# %% ../nbs/reference/ranks.ipynb #426f17a4
+# %% ../nbs/reference/ranks.ipynb #91896f91
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from torch import nn
 
 T = TypeVar("T")
 
-# %% ../nbs/reference/ranks.ipynb #650c20ee
+# %% ../nbs/reference/ranks.ipynb #b7e34d76
 @dataclass(frozen=True)
 class Ranks:
     "Who takes part in a piece of work."
@@ -57,7 +57,7 @@ class Ranks:
         dist.all_gather_object(everyone, mine)
         return everyone
 
-# %% ../nbs/reference/ranks.ipynb #138064e0
+# %% ../nbs/reference/ranks.ipynb #0d31f7f3
 _groups_made = count()  # a name for each group we set up: all ranks count alike
 
 
