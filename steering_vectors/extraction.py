@@ -221,7 +221,7 @@ def candidates(
     plain = [Way("continued"), Way("padded"), Way("padded", positions=False), Way("single")]
     return plain if any("attention" not in kind or "linear" in kind for kind in kinds) else [*packed, *plain]
 
-# %% ../nbs/reference/extraction.ipynb #8d00266e
+# %% ../nbs/reference/extraction.ipynb #73f23d6e
 def _probe(texts: Mapping[int, EncodedText]) -> dict[int, EncodedText]:
     "The shortest text, the longest, and the last one that is neither."
     by_length = sorted(texts, key=lambda n: len(texts[n].ids))
@@ -247,7 +247,9 @@ def _apart(
             run_jobs(reader, lambda part, limit: jobs(way, inner, part, limit), probe, budget, done)
             if way.kind == "continued":  # these few may share no beginning, so one is parted in its middle, twice over
                 n = max(probe, key=lambda n: len(probe[n].ids))
-                parted = continued_pass(inner, {n: probe[n], -1: probe[n]}, min(probe[n].read) // 2, input_device(inner))
+                parted = continued_pass(
+                    inner, {n: probe[n], -1: probe[n]}, min(probe[n].read) // 2, input_device(inner)
+                )
                 done([n, -1], reader.run(parted))
     except Exception as error:
         if is_out_of_memory(error):
@@ -377,7 +379,7 @@ def window_of(model: nn.Module) -> int | None:
     stretched = int(first * factor) if first and factor else 0
     return max(limit, stretched) if isinstance(limit, int) and limit > 0 else None
 
-# %% ../nbs/reference/extraction.ipynb #cf49042a
+# %% ../nbs/reference/extraction.ipynb #ecb42c4e
 def _regimes(model: nn.Module, texts: Mapping[int, EncodedText]) -> Iterator[dict[int, EncodedText]]:
     "Texts by rotary regime, shortest first."
     config = text_config(model)
@@ -400,9 +402,7 @@ def _read_alike(
     way, inner = remembered_way(model, modules, texts, is_block), inner_model(model)
     shortcut = find_shortcut(modules[max(modules)]) if way.shortcut else None
     most = None if batch_size is None else 2 * batch_size
-    alone = (
-        way.kind == "single"
-    )  # the whole model to its end: some enter a block more than once, and the last time counts
+    alone = way.kind == "single"  # the plainest way runs the whole model, to its end
     with PassReader(model if alone else inner, modules, leave=not alone, shortcut=shortcut) as reader:
         return run_jobs(reader, lambda part, limit: jobs(way, inner, part, limit, most), texts, budget, done)
 

@@ -36,7 +36,9 @@ PAIRS = [(f"{HEAD}{q}? {good}", f"{HEAD}{q}? {bad}") for q, good, bad in [
 
 def keep(kept: dict[int, Tensor], n: int, s: int, module: nn.Module, args: Any, out: Any) -> None:
     h = out if isinstance(out, Tensor) else out[0]
-    kept[n] = h.view(1, s, -1).clone()  # Falcon adds to it in place
+    kept.setdefault(
+        n, h.view(1, s, -1).clone()
+    )  # Falcon adds to it in place; where a block runs twice, the first time counts
 
 
 def by_hand(
