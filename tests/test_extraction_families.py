@@ -22,6 +22,7 @@ EXPECTED = {"packed": 115, "continued": 25}  # at least so many families
 # What a family computes in the middle of a block that our own loop cannot tell from outside.
 CANNOT = {
     **families.CANNOT,
+    **families.REFUSED,
     "reformer": "its hashing needs lengths that are multiples of its chunks",
     "cpmant": "it puts 32 tokens of its own in front, which the loop here does not know",
 }
