@@ -8,7 +8,7 @@ __all__ = ['TEXTS', 'COUNTS', 'MAPPINGS', 'DTYPES', 'FORMAT_VERSION', 'LAYER_NUM
            'not_json', 'read_header', 'read_norms', 'checksum', 'write_atomically', 'save_file', 'VectorFile',
            'read_tensors', 'what_it_is', 'load_file', 'card_table', 'model_card', 'VectorFolder']
 
-# %% ../nbs/reference/files.ipynb #e5f57935
+# %% ../nbs/reference/files.ipynb #474374cb
 import hashlib
 import json
 import math
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .layers import LayerType, check_layer_type
 
-# %% ../nbs/reference/files.ipynb #96d3a3fc
+# %% ../nbs/reference/files.ipynb #39905d5e
 @dataclass(frozen=True)
 class Provenance:
     "What is known about where a vector comes from; every field may be missing."
@@ -55,7 +55,7 @@ class Provenance:
         known = [f"{name}={value!r}" for name, value in vars(self).items() if value is not None and value != {}]
         return f"Provenance({', '.join(known)})"
 
-# %% ../nbs/reference/files.ipynb #83899947
+# %% ../nbs/reference/files.ipynb #07f9ab44
 def is_finite(
     x: SupportsFloat,  # a number of any kind
 ) -> bool:  # whether a float can hold it
@@ -65,7 +65,7 @@ def is_finite(
     except OverflowError:
         return False
 
-# %% ../nbs/reference/files.ipynb #949ff61f
+# %% ../nbs/reference/files.ipynb #fe6bfaf0
 TEXTS = ("model_id", "revision", "model_type", "aggregator", "read_position", "library_version", "note")
 COUNTS = ("hidden_size", "num_layers", "num_pairs")
 MAPPINGS = ("activation_norms", "extra")
@@ -85,7 +85,7 @@ def check_fields(
     if story.suggested_multiplier is not None and not is_finite(story.suggested_multiplier):
         raise ValueError(f"Provenance.suggested_multiplier is {story.suggested_multiplier}, which is not finite.")
 
-# %% ../nbs/reference/files.ipynb #05e96741
+# %% ../nbs/reference/files.ipynb #d04995b2
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -108,7 +108,7 @@ def check_layer_numbers(
                 f"it has a layer {n}, but comes from a model of {num_layers} layers (0 to {num_layers - 1})."
             )
 
-# %% ../nbs/reference/files.ipynb #f92a280a
+# %% ../nbs/reference/files.ipynb #4f9e17cf
 def check_tensors(
     layer_activations: Mapping[int, Tensor],  # each (d,)
     hidden_size: int | None = None,  # `d`, where it is known
@@ -127,7 +127,7 @@ def check_tensors(
             raise ValueError(f"layer {n} is {len(v)} wide, but {whose} {wanted} wide.")
         wanted = len(v)
 
-# %% ../nbs/reference/files.ipynb #f059d1c7
+# %% ../nbs/reference/files.ipynb #41f957aa
 FORMAT_VERSION = 1
 
 
@@ -148,7 +148,7 @@ def write_header(
     except (TypeError, ValueError) as e:
         raise ValueError(f"its provenance holds what JSON cannot: {e}") from e
 
-# %% ../nbs/reference/files.ipynb #a2da7afd
+# %% ../nbs/reference/files.ipynb #f8f7e2a2
 def unique_keys(
     pairs: list[tuple[str, Any]],  # as `json` found them
 ) -> dict[str, Any]:  # the object they make
@@ -164,7 +164,7 @@ def not_json(
     "Refuse the numbers that Python reads and JSON does not have."
     raise ValueError(f"{text} is not a number of JSON")
 
-# %% ../nbs/reference/files.ipynb #4915a9f8
+# %% ../nbs/reference/files.ipynb #3127f3bf
 def read_header(
     text: str,  # JSON
 ) -> tuple[LayerType, Provenance]:  # where the vector belongs, and its story
@@ -190,7 +190,7 @@ def read_header(
     except TypeError as e:
         raise ValueError(str(e)) from e
 
-# %% ../nbs/reference/files.ipynb #7efab6a2
+# %% ../nbs/reference/files.ipynb #f357076a
 LAYER_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 TENSOR_NAME = re.compile(r"layer\.(0|[1-9][0-9]{0,8})")
 
@@ -205,7 +205,7 @@ def read_norms(
         raise ValueError("its activation_norms are not all finite numbers.")
     return {int(k): float(x) for k, x in norms.items()}
 
-# %% ../nbs/reference/files.ipynb #4a43f834
+# %% ../nbs/reference/files.ipynb #8f5751dc
 def checksum(
     header: str,  # JSON
     layer_activations: Mapping[int, Tensor],  # each (d,), on the CPU
@@ -217,7 +217,7 @@ def checksum(
         digest.update(v.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/reference/files.ipynb #9459f5d2
+# %% ../nbs/reference/files.ipynb #3c7dd9d0
 def write_atomically(
     path: str | os.PathLike[str],  # where to
     data: bytes,  # the whole file
@@ -234,7 +234,7 @@ def write_atomically(
     finally:
         new.unlink(missing_ok=True)
 
-# %% ../nbs/reference/files.ipynb #b0c7604f
+# %% ../nbs/reference/files.ipynb #a97c070d
 def save_file(
     path: str | os.PathLike[str],  # conventionally `something.safetensors`
     layer_activations: Mapping[int, Tensor],  # each (d,)
@@ -252,7 +252,7 @@ def save_file(
     texts = {"format": "pt", "steering_vector": header, "sha256": checksum(header, vs)}
     write_atomically(path, save({f"layer.{n}": v for n, v in vs.items()}, metadata=texts))
 
-# %% ../nbs/reference/files.ipynb #aa5323c9
+# %% ../nbs/reference/files.ipynb #bc501daf
 class VectorFile(NamedTuple):
     "What a vector's file holds."
 
@@ -260,7 +260,7 @@ class VectorFile(NamedTuple):
     layer_type: LayerType  # where in the block they belong
     provenance: Provenance  # their story
 
-# %% ../nbs/reference/files.ipynb #364e75c7
+# %% ../nbs/reference/files.ipynb #591e32b4
 def read_tensors(
     path: str | os.PathLike[str],  # any file
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors by name, and the texts beside them
@@ -274,7 +274,7 @@ def read_tensors(
     except SafetensorError as e:
         raise ValueError(f"{what_it_is(path)} ({e}).") from e
 
-# %% ../nbs/reference/files.ipynb #734d45e8
+# %% ../nbs/reference/files.ipynb #3beb6d12
 def what_it_is(
     path: str | os.PathLike[str],  # a file that is not safetensors
 ) -> str:  # the middle of an error
@@ -287,7 +287,7 @@ def what_it_is(
         return "it is a pickle, which runs code when read and so is never read; save the vector again with `save`"
     return "it is damaged, or not a safetensors file"
 
-# %% ../nbs/reference/files.ipynb #07519e37
+# %% ../nbs/reference/files.ipynb #f775182b
 def load_file(
     path: str | os.PathLike[str],  # a file that `save_file` wrote
 ) -> VectorFile:  # the vector's three parts
@@ -310,7 +310,7 @@ def load_file(
         raise ValueError(f"{os.fspath(path)} cannot be read as a steering vector: {e}") from e
     return VectorFile(dict(sorted(layers.items())), layer_type, story)
 
-# %% ../nbs/reference/files.ipynb #9593e720
+# %% ../nbs/reference/files.ipynb #7d141f56
 def card_table(
     vector: VectorFile,  # to describe
 ) -> str:  # a table of Markdown
@@ -321,7 +321,7 @@ def card_table(
         rows.append(f"| {n} | {v.double().norm():.4g} | {f'{norms[n]:.4g}' if n in norms else 'unknown'} |")
     return "\n".join(rows)
 
-# %% ../nbs/reference/files.ipynb #0512ca07
+# %% ../nbs/reference/files.ipynb #89f9046e
 CARD = """# A steering vector for {model}
 
 {note}
@@ -361,7 +361,7 @@ def model_card(
     data = ModelCardData(library_name="steering-vectors", base_model=story.model_id if named else None, tags=tags)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}".encode("utf-8", "replace").decode())
 
-# %% ../nbs/reference/files.ipynb #1378823e
+# %% ../nbs/reference/files.ipynb #7fda9fe7
 class VectorFolder(ModelHubMixin, library_name="steering-vectors"):
     "A vector as a folder, or as a repository on the Hugging Face Hub."
 
