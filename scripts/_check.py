@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import _pages
-
 import _docs
+import _pages
 
 ROOT = _pages.ROOT
 
