@@ -223,6 +223,15 @@ def test_steering_while_extracting() -> None:
     check(model, PAIRS)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_a_wide_model(kind: str) -> None:
+    "Wide enough for its linear maps to be computed by oneDNN, and rows long enough to be cut into stretches."
+    pairs = [(f"{HEAD}Number {n} is {n % 7} fine", f"{HEAD}Number {n} is {n % 5} poor") for n in range(20)]
+    model = tiny_model(kind, hidden_size=256)
+    check(model, pairs, tolerance=2e-5)
+    assert way_of(model).kind == "packed"
+
+
 def test_rope_regimes_are_kept_apart() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
