@@ -73,7 +73,7 @@ def padded_pass(
     wanted = [(number, row, text.read) for row, (number, text) in enumerate(texts.items())]
     return _pass({name: value.to(device) for name, value in inputs.items()}, wanted)
 
-# %% ../nbs/reference/passes.ipynb #9f485bfd
+# %% ../nbs/reference/passes.ipynb #0cd5fd02
 class Quicker(TorchFunctionMode):
     "While open, attention over a packed row and linear maps on the CPU are computed in quicker ways."
 
@@ -100,7 +100,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    "Whether a linear map is one that oneDNN computes: float32, dense, on the CPU, without gradients."
+    "Whether a linear map is one for oneDNN: float32, dense, not small, on the CPU, without gradients."
     return (
         _HAS_ONEDNN
         and x.dtype == weight.dtype == torch.float32
@@ -108,6 +108,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and type(weight) in (Tensor, nn.Parameter)
         and x.ndim > 1
         and x.numel() > 0
+        and weight.numel() >= 2**16
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -138,7 +139,7 @@ def _pooled(h: Tensor, counts: list[int]) -> Tensor:
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     return torch.stack([part.mean(0) for part in wide.split(counts)]).to(h.dtype)
 
-# %% ../nbs/reference/passes.ipynb #67e50936
+# %% ../nbs/reference/passes.ipynb #379bf04c
 class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
@@ -211,7 +212,8 @@ class PassReader:
         if self._now is None or self.shortcut is None:
             return
         x, now, self._now = self._wanted(args[0])[None], self._now, None  # the shortcut runs `norm` itself
-        self._taken[layer] = self.shortcut.rest(x)[0]
+        k = x.shape[1]
+        self._taken[layer] = self.shortcut.rest(pad(x, (0, 0, 0, -k % 16)))[0, :k]
         if self.leave:
             raise _EveryLayerRead
         self._now = now
@@ -236,7 +238,7 @@ def mask_kinds(
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     return {kind: reach.get(kind, Reach()) for kind in kinds}
 
-# %% ../nbs/reference/passes.ipynb #51f87b5b
+# %% ../nbs/reference/passes.ipynb #b80e49bb
 def packed_pass(
     row: Row,
     texts: Mapping[int, EncodedText],  # by the numbers that the row uses
@@ -246,7 +248,13 @@ def packed_pass(
     device: torch.device | str = "cpu",
 ) -> Pass:
     "One row of a prefix tree, with each token at its depth and seeing its ancestors."
-    ids, depth, end = (torch.tensor(values, device=device) for values in (row.ids, row.depth, row.end))
+    more = (
+        -len(row) % 16 if len(row) > 256 else 0
+    )  # unused tokens that see nothing: long rows get few different lengths
+    ends = row.end + list(range(len(row) + 1, len(row) + more + 1))
+    ids, depth, end = (
+        torch.tensor(x, device=device) for x in (row.ids + row.ids[-1:] * more, row.depth + [0] * more, ends)
+    )
     masks = {kind: _additive(ancestor_mask(end, depth, *reach), dtype)[None, None] for kind, reach in kinds.items()}
     inputs = {
         "input_ids": ids[None],
