@@ -257,7 +257,7 @@ def memory() -> dict[str, float]:
     return {"2000": extra[2_000], "20000": extra[20_000], "ratio": extra[20_000] / extra[2_000]}
 
 
-def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, float]:
+def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, Any]:
     "In bfloat16: how far from float32 the plain and the packed vectors are, and whether a branch sees its siblings."
     import torch
 
@@ -282,11 +282,14 @@ def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, 
     exact = mean(model, Way("single"))
     model = model.to(torch.bfloat16)
 
-    def apart(a: dict[int, Any]) -> float:
-        return max(float((a[n] - exact[n]).norm() / exact[n].norm()) for n in exact)
+    def apart(a: dict[int, Any]) -> tuple[float, float]:
+        "Mean over the layers, and the worst layer."
+        each = [float((a[n] - exact[n]).norm() / exact[n].norm()) for n in exact]
+        return sum(each) / len(each), max(each)
 
     plain, packed = apart(mean(model, Way("single"))), apart(mean(model, Way("packed")))
-    print(f"bfloat16 from float32: one text at a time {plain:.3f}, packed rows {packed:.3f}")
+    for name, (average, worst) in {"one text at a time": plain, "packed rows": packed}.items():
+        print(f"bfloat16 from float32, {name}: {average:.3f} over the layers, {worst:.3f} at worst")
     texts = dict(enumerate(text for pair in encode_samples(tokenizer, pairs) for text in pair))
     changed = {**texts, 1: EncodedText([*texts[1].ids[:-1], texts[1].ids[-1] + 1], texts[1].read)}
     inner, modules = inner_model(model), Request().modules(model)
