@@ -202,8 +202,8 @@ class PassReader:
         b, s = now.inputs["input_ids"].shape
         if h.ndim == 3 and h.shape[0] == b != s and h.shape[1] > s and h.shape[1] % s:
             h = h[:, -s:]  # the model puts tokens of its own in front; a multiple of s would be other streams
-        elif h.ndim == 3 and h.shape[:2] == (s, b) != (b, s):
-            h = h.transpose(0, 1)  # tokens come first
+        elif h.ndim == 3 and "XLNet" in type(self.model).__name__:
+            h = h.transpose(0, 1)  # tokens come first, which a batch of as many rows as tokens would not show
         by_row, _ = by_token(h, b, s)
         wanted = by_row.view(b, s, -1, h.shape[-1])[now.rows.to(h.device), now.cols.to(h.device)]
         return wanted[:, 0] if wanted.shape[1] == 1 else wanted.mean(1)  # a few families keep several streams a token

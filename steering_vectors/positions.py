@@ -358,6 +358,10 @@ class PassTracker(Doors):
         self.local.outer = {}
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if type(module).__name__ == "XLNetModel":  # as many rows as tokens would look like the usual layout
+            raise ValueError(
+                "Cannot find single tokens or rows in XLNetModel, whose blocks put tokens before rows. Steer every token."
+            )
         self.local.run = read_pass(named_arguments(module, args, kwargs), self.local.outer, self.memory)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
