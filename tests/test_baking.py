@@ -20,6 +20,15 @@ PLACES = [(t, None) for t in ("decoder_block", "mlp", "self_attn")] + [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Logits are compared bit for bit below, and with several threads the order of a sum differs from run to run."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def direction(d, seed=1, scale=1.0):
     return scale * torch.randn(d, generator=torch.Generator().manual_seed(seed))
 
