@@ -258,46 +258,51 @@ def memory() -> dict[str, float]:
 
 
 def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, Any]:
-    "In bfloat16: how far from float32 the plain and the packed vectors are, and whether a branch sees its siblings."
+    "In bfloat16: how far from float32 plain and packed passes are, and whether a branch sees its siblings."
     import torch
 
     from steering_vectors.extraction import Request, Way, jobs
     from steering_vectors.passes import PassReader, inner_model
     from steering_vectors.samples import EncodedText, encode_samples
 
-    pairs = pairs_of(tokenizer, file, n)
-
-    def read(inner: Any, modules: Any, way: Way, texts: dict[int, Any], order: list[int]) -> dict[int, Any]:
-        with torch.no_grad(), PassReader(inner, modules) as reader:
-            done = [(job.numbers, reader.run(job.make())) for job in jobs(way, inner, texts, 4096)]
-        at = {number: i for i, number in enumerate(n for numbers, _ in done for n in numbers)}
-        return {layer: torch.cat([acts[layer] for _, acts in done])[[at[n] for n in order]] for layer in modules}
-
-    def mean(model: Any, way: Way) -> dict[int, Any]:
-        inner, modules = inner_model(model), Request().modules(model)
-        texts = dict(enumerate(text for pair in encode_samples(tokenizer, pairs) for text in pair))
-        acts = read(inner, modules, way, texts, list(texts))
-        return {layer: h[0::2].float().mean(0) - h[1::2].float().mean(0) for layer, h in acts.items()}
-
-    exact = mean(model, Way("single"))
-    model = model.to(torch.bfloat16)
-
-    def apart(a: dict[int, Any]) -> tuple[float, float]:
-        "Mean over the layers, and the worst layer."
-        each = [float((a[n] - exact[n]).norm() / exact[n].norm()) for n in exact]
-        return sum(each) / len(each), max(each)
-
-    plain, packed = apart(mean(model, Way("single"))), apart(mean(model, Way("packed")))
-    for name, (average, worst) in {"one text at a time": plain, "packed rows": packed}.items():
-        print(f"bfloat16 from float32, {name}: {average:.3f} over the layers, {worst:.3f} at worst")
-    texts = dict(enumerate(text for pair in encode_samples(tokenizer, pairs) for text in pair))
-    changed = {**texts, 1: EncodedText([*texts[1].ids[:-1], texts[1].ids[-1] + 1], texts[1].read)}
+    texts = dict(enumerate(text for p in encode_samples(tokenizer, pairs_of(tokenizer, file, n)) for text in p))
     inner, modules = inner_model(model), Request().modules(model)
-    order = [n for n in texts if n != 1]
-    a, b = (read(inner, modules, Way("packed"), t, order) for t in (texts, changed))
-    leaks = sum(not torch.equal(a[layer], b[layer]) for layer in a)
+
+    def read(way: Way, texts: dict[int, Any]) -> torch.Tensor:
+        "Activations (layers, texts, d), as computed."
+        with torch.no_grad(), PassReader(inner, modules) as reader:
+            done = [(job.numbers, reader.run(job.make())) for job in jobs(way, inner, texts, 2048)]
+        at = {number: i for i, number in enumerate(n for numbers, _ in done for n in numbers)}
+        return torch.stack([torch.cat([acts[layer] for _, acts in done])[[at[n] for n in texts]] for layer in modules])
+
+    def differences(h: torch.Tensor) -> torch.Tensor:
+        return h[:, 0::2] - h[:, 1::2]
+
+    def apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).norm(dim=-1) / b.norm(dim=-1)
+
+    exact = read(Way("single"), texts)
+    model.to(torch.bfloat16)
+    by_pair, found = {}, {}
+    print("bfloat16 from float32, over all layers:   a text   a pair's difference   the vector (worst layer)")
+    for name, way in {"one text a pass": "single", "padded batches": "padded", "packed rows": "packed"}.items():
+        h = read(Way(way), texts).float()
+        by_pair[way] = apart(differences(h), differences(exact)).mean(0)
+        vector = apart(differences(h).mean(1), differences(exact).mean(1))
+        line = [float(x) for x in (apart(h, exact).mean(), by_pair[way].mean(), vector.mean(), vector.max())]
+        found[way] = line
+        print(f"{name:40s}{line[0]:8.4f}{line[1]:21.4f}{line[2]:13.4f} ({line[3]:.3f})")
+    more = by_pair["packed"] - by_pair["single"]
+    error = float(more.std() / len(more) ** 0.5)
+    print(
+        f"a pair's difference, packed further than plain by {float(more.mean()):+.4f}, with a standard error of {error:.4f}"
+    )
+    changed = {**texts, 1: EncodedText([*texts[1].ids[:-1], texts[1].ids[-1] + 1], texts[1].read)}
+    others = [n != 1 for n in texts]
+    a, b = (read(Way("packed"), t)[:, others] for t in (texts, changed))
+    leaks = sum(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
     print(f"one branch changed: {leaks} of {len(a)} layers differ in any other text")
-    return {"plain": plain, "packed": packed, "leaks": leaks}
+    return {**found, "further": float(more.mean()), "standard_error": error, "leaks": leaks}
 
 
 def main() -> None:

@@ -114,7 +114,7 @@ def run(path: Path, threads: int | None = None) -> str:
     "Run the page at `path` in a kernel and return it as it should be stored."
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     raw, skips = json.loads(path.read_text(encoding="utf-8")), left_out(path)
     if skips is None:
@@ -127,7 +127,9 @@ def run(path: Path, threads: int | None = None) -> str:
     client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place, extra_arguments=["--log-level=40"])
     try:
         client.execute(env=environment(path, threads))
-    except (CellExecutionError, DeadKernelError) as e:
+    except AssertionError:  # nbclient's own, about the client it lost
+        raise CellFailed("The kernel died while the page ran.") from None
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", str(e)).rstrip().splitlines()
         raise CellFailed("\n".join([*plain[:12], "...", *plain[-25:]] if len(plain) > 40 else plain)) from None
     for cell, ran, skip in zip(raw["cells"], nb.cells, skips, strict=True):

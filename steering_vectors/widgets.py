@@ -39,9 +39,11 @@ if TYPE_CHECKING:
 
     from steering_vectors.layers import ModelLayerConfig
 
-# %% ../nbs/reference/widgets.ipynb #eb7899fe
+# %% ../nbs/reference/widgets.ipynb #2cc136c1
 try:
     import ipywidgets as W
+    from IPython import get_ipython
+    from IPython.display import display
 except ImportError as e:
     raise ImportError("Controls need ipywidgets, which is not installed: run `pip install ipywidgets`.") from e
 
@@ -324,7 +326,7 @@ def _checked(axes: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any
             )
     return {name: start.get(name, _start(axis)) for name, axis in axes.items()}
 
-# %% ../nbs/reference/widgets.ipynb #2ab02deb
+# %% ../nbs/reference/widgets.ipynb #6b7a31ae
 class Control:
     "A function of a few values, with something to move for each of them."
 
@@ -407,6 +409,20 @@ class Control:
         page = self.to_html()
         self.refresh()
         return {**self.widget._repr_mimebundle_(), "text/html": page, "text/plain": repr(self)}
+
+    def _ipython_display_(self) -> None:
+        "In a notebook the live control is there at once; the grid of the page joins it when it is computed."
+        shell = get_ipython()  # type: ignore[no-untyped-call]
+        if not hasattr(shell, "kernel"):  # a terminal shows plain text, once
+            return display(self._repr_mimebundle_(), raw=True)
+        self.refresh()
+        live = {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
+        shown = display(live, raw=True, display_id=True)
+        self._bar.layout.visibility = "visible"
+        try:
+            shown.update({**live, "text/html": self.to_html()}, raw=True)
+        finally:
+            self._bar.layout.visibility = "hidden"
 
     def __repr__(self) -> str:
         try:

@@ -144,6 +144,48 @@ def test_live_and_page_come_from_one_display():
     assert bundle["text/plain"].startswith("Control(layer 1")
 
 
+SHOWN = """
+from steering_vectors.widgets import Control
+seen = []
+def view(layer):
+    seen.append(layer)
+    if layer == 3: raise ValueError("no layer 3")
+    return f"layer {layer}"
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    client.execute_interactive(SHOWN, timeout=60)
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def messages(client, code):
+    "What a notebook is sent when it runs `code`, but for the widgets' own state."
+    sent = []
+    client.execute_interactive(code, timeout=60, output_hook=lambda m: sent.append((m["msg_type"], m["content"])))
+    return [(kind, content) for kind, content in sent if kind not in ("status", "execute_input", "comm_open", "comm_msg")]
+
+
+def test_the_live_control_is_there_before_the_grid(kernel):
+    (first, live), (then, both) = messages(kernel, "Control(view, layer=[1, 2], start={'layer': 2})")
+    assert (first, then) == ("display_data", "update_display_data")
+    assert "text/html" not in live["data"] and "layer 2" in live["data"]["text/plain"]
+    assert live["transient"] == both["transient"] and "layer 1" in both["data"]["text/html"]
+    assert messages(kernel, "seen")[0][1]["data"]["text/plain"] == "[2, 1]"
+
+
+def test_a_grid_that_fails_says_so_and_leaves_the_live_control(kernel):
+    sent = messages(kernel, "Control(view, layer=[1, 3])")
+    assert sent[0][0] == "display_data" and "layer 1" in sent[0][1]["data"]["text/plain"]
+    assert any("no layer 3" in json.dumps(content) for _, content in sent[1:])
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     chromium()
