@@ -114,8 +114,8 @@ def readme() -> str:
                 parts.append(f"``` python\n{source}\n```")
             parts += filter(None, map(shown, cell.get("outputs", [])))
     site = re.escape(config.doc_host + config.doc_baseurl.rstrip("/") + "/")
-    text = re.sub(rf"\]\({site}([\w/]+)\.html(#[^)]*)?\)", r"](nbs/\1.ipynb)", "\n\n".join(parts))
-    text = re.sub(r"\]\(((?:guide|tutorials|explanations|reference)/[\w/]+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(rf"\]\({site}([\w/]+)\.html(#[^)]*)?\)", r"](\1.ipynb)", "\n\n".join(parts))
+    text = re.sub(r"\]\(([\w/]+\.ipynb)", r"](nbs/\1", text)
     return text + "\n"
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 VIEW = "application/vnd.jupyter.widget-view+json"
 
+SOURCE = re.compile(r"\[source\]\(\S+#L\d+\)(\{[^}]*\})?\n\n")  # has line numbers, and is made anew for the site
 PROGRESS = re.compile(r"\[\d\d:\d\d[<,].*/(s|it)\]")
 
 
@@ -68,13 +69,16 @@ def is_progress(data: dict[str, Any]) -> bool:
 
 
 def merged(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    "Without stderr, progress bars and live widget views; neighbouring prints as one, however the kernel flushed them."
+    "Without stderr, progress bars, live widget views and links to lines of source; neighbouring prints as one, however the kernel flushed them."
     kept: list[dict[str, Any]] = []
     for out in outputs:
         if out.get("name") == "stderr" or is_progress(out.get("data", {})):
             continue
         for key in ("data", "metadata"):
             out.get(key, {}).pop(VIEW, None)
+        for kind, shown in out.get("data", {}).items():
+            if kind.startswith("text/") and isinstance(shown, str):
+                out["data"][kind] = SOURCE.sub("", shown)
         if "execution_count" in out:
             out["execution_count"] = None
         if out.get("output_type") == "stream" and kept and kept[-1].get("output_type") == "stream":
@@ -103,10 +107,9 @@ def is_exact(path: Path) -> bool:
 
 
 def environment(path: Path, threads: int | None = None) -> dict[str, str]:
-    "What a page's kernel sees: one thread where the last digit counts, elsewhere `threads` or what is set."
+    "What a page's kernel sees: one thread where the last digit counts, elsewhere `threads` or two."
     fixed = {"IN_TEST": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    if is_exact(path) or threads:
-        fixed["OMP_NUM_THREADS"] = "1" if is_exact(path) else str(threads)
+    fixed["OMP_NUM_THREADS"] = "1" if is_exact(path) else str(threads or 2)
     return os.environ | fixed
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Aggregator', 'ActivationsByLayer', 'AccumulatingAggregator', 'mean_aggregator', 'pca_aggregator',
-           'logistic_aggregator', 'aggregate_activations', 'check_direction']
+           'logistic_aggregator', 'aggregate_activations', 'check_aggregator', 'check_direction']
 
 # %% ../nbs/reference/aggregators.ipynb #696e55b0
 from collections.abc import Callable, Mapping, Sequence
@@ -147,7 +147,7 @@ def pca_aggregator() -> Aggregator:
     "The first principal component of the pairs' differences, norm 1, pointing from negative to positive."
     return _PCA()
 
-# %% ../nbs/reference/aggregators.ipynb #ddecfa51
+# %% ../nbs/reference/aggregators.ipynb #4e1175cc
 def logistic_aggregator(
     sklearn_kwargs: dict[str, Any] | None = None,  # options of scikit-learn's `LogisticRegression`
 ) -> Aggregator:
@@ -160,7 +160,8 @@ def logistic_aggregator(
 
         wide = _at_least_float32(pos_acts)
         pos, neg = pos_acts.to(wide), neg_acts.to(wide)
-        middle = (pos.mean(0) + neg.mean(0)) / 2
+        paired = len(pos) == len(neg)
+        middle = (pos + neg) / 2 if paired else (pos.mean(0) + neg.mean(0)) / 2
         labels = [1] * len(pos) + [-1] * len(neg)
         fit = LogisticRegression(**options).fit(torch.cat([pos - middle, neg - middle]).cpu().numpy(), labels)
         arrow = torch.as_tensor(fit.coef_[0], dtype=wide, device=pos.device)
@@ -169,7 +170,7 @@ def logistic_aggregator(
     logistic.__name__ = "logistic_aggregator"
     return logistic
 
-# %% ../nbs/reference/aggregators.ipynb #a6496131
+# %% ../nbs/reference/aggregators.ipynb #00f137be
 ActivationsByLayer = Mapping[int, Tensor] | Mapping[int, Sequence[Tensor]]
 
 
@@ -179,15 +180,36 @@ def aggregate_activations(
     aggregator: Aggregator = mean_aggregator(),  # noqa: B008
 ) -> dict[int, Tensor]:  # layer to (d,)
     "Apply `aggregator` to the positive and negative activations of every layer."
+    check_aggregator(aggregator)
     if set(pos_acts_by_layer) != set(neg_acts_by_layer):
         raise ValueError(
             f"The positive activations have layers {sorted(pos_acts_by_layer)} and the negative ones "
             f"{sorted(neg_acts_by_layer)}. Both need the same layers."
         )
-    return {
-        layer: check_direction(aggregator(_matrix(acts), _matrix(neg_acts_by_layer[layer])), _matrix(acts).shape[-1])
-        for layer, acts in pos_acts_by_layer.items()
-    }
+    found = {}
+    for layer, acts in pos_acts_by_layer.items():
+        pos, neg = _matrix(acts, layer), _matrix(neg_acts_by_layer[layer], layer)
+        if pos.shape[1] != neg.shape[1]:
+            raise ValueError(
+                f"Layer {layer} is {pos.shape[1]} wide on the positive side and {neg.shape[1]} on the negative."
+            )
+        found[layer] = check_direction(aggregator(pos, neg), pos.shape[1])
+    return found
+
+
+def check_aggregator(
+    aggregator: Aggregator,  # what somebody passed as one
+) -> None:
+    "Refuse what is no aggregator, before anything is computed for it."
+    makers: tuple[Any, ...] = (mean_aggregator, pca_aggregator, logistic_aggregator)
+    for maker in makers:
+        if aggregator is maker:
+            raise TypeError(f"{maker.__name__} makes an aggregator: call it, aggregator={maker.__name__}().")
+    if not callable(aggregator):
+        raise TypeError(
+            f"aggregator must be a function (positive, negative) -> direction, not {aggregator!r}; mean_aggregator(), "
+            "pca_aggregator() and logistic_aggregator() make one."
+        )
 
 
 def check_direction(
@@ -201,5 +223,12 @@ def check_direction(
     return direction
 
 
-def _matrix(acts: Tensor | Sequence[Tensor]) -> Tensor:
-    return acts if isinstance(acts, Tensor) else torch.cat(list(acts))
+def _matrix(acts: Tensor | Sequence[Tensor], layer: int) -> Tensor:
+    "The activations of a layer as one matrix."
+    whole = acts if isinstance(acts, Tensor) or not len(acts) else torch.cat(list(acts))
+    if not isinstance(whole, Tensor) or whole.ndim != 2 or not len(whole):
+        what = f"shape {tuple(whole.shape)}" if isinstance(whole, Tensor) else "nothing in them"
+        raise ValueError(
+            f"The activations of layer {layer} must have shape (n, d), n samples of width d; they have {what}."
+        )
+    return whole

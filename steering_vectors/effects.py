@@ -257,17 +257,18 @@ def next_token_shift(
     tokens: Any = None,  # which tokens to steer, as in `apply`; None: all
     layer_config: "ModelLayerConfig | None" = None,
     chat: bool | None = None,  # put words into the chat template; None: where there is one
-) -> TokenShift:  # largest change first
+) -> TokenShift:  # largest change first; where nothing changes, likeliest first
     "How steering changes the probabilities of the token after `prompt`."
     ids = prompt_ids(tokenizer, prompt, chat).to(model.device)
     with _measuring(model):
         before = model(input_ids=ids).logits[0, -1].float().softmax(-1)
         with vector.apply(model, layer_config, operator, multiplier, tokens=tokens, prompt=ids):
             after = model(input_ids=ids).logits[0, -1].float().softmax(-1)
-    top = (after - before).abs().topk(min(k, len(before))).indices
+    rank = (after - before).abs().double() + 1e-9 * before.double()  # where nothing changes, the likeliest
+    top = rank.topk(min(k, len(before))).indices
     return TokenShift(_words(tokenizer, top.tolist()), tuple(before[top].tolist()), tuple(after[top].tolist()))
 
-# %% ../nbs/reference/effects.ipynb #9cbf07a9
+# %% ../nbs/reference/effects.ipynb #79674179
 @dataclass(frozen=True, eq=False)
 class Effect:
     "A measure of each example at each multiplier."
@@ -276,6 +277,7 @@ class Effect:
     unit: str
     multipliers: tuple[float, ...]  # m of them
     values: Tensor  # (n, m)
+    should_rise: bool = True  # is it meant to grow with the multiplier?
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -312,11 +314,15 @@ class Effect:
 
     @property
     def _summary(self) -> str:
-        n, unit = len(self.values), self.unit
-        return f"slope {self.slope:+.3f} {unit} per multiplier; {self.wrong_way:.0%} of {n} examples go the wrong way"
+        if not self.should_rise:
+            return ""
+        wrong, n = int((self.slopes < 0).sum()), len(self.values)
+        return f"slope {self.slope:+.3f} {self.unit} per multiplier; {wrong} of {n} examples go the wrong way"
 
     def __repr__(self) -> str:
-        return _lines(["multiplier", f"{self.what} ({self.unit})"], self._rows) + "\n" + self._summary
+        return "\n".join(
+            filter(None, (_lines(["multiplier", f"{self.what} ({self.unit})"], self._rows), self._summary))
+        )
 
     def _repr_html_(self) -> str:
         return _table(["multiplier", f"{self.what} ({self.unit})"], self._rows, self._summary)
@@ -435,7 +441,7 @@ def _one_token(tokenizer: "PreTrainedTokenizerBase", answer: str) -> int:
         )
     return ids[0]
 
-# %% ../nbs/reference/effects.ipynb #579c41f0
+# %% ../nbs/reference/effects.ipynb #e6cb03a3
 def text_loss(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -453,7 +459,7 @@ def text_loss(
     ids: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
     pairs = [(row[:1], row[1:]) for row in ids]
     scores = _curve(model, vector, multipliers, pairs, batch_size, operator, tokens, layer_config)
-    return Effect("loss", "nats a token", tuple(multipliers), -scores)
+    return Effect("loss", "nats a token", tuple(multipliers), -scores, should_rise=False)
 
 # %% ../nbs/reference/effects.ipynb #6b1ca770
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,13 @@ __all__ = ['logger', 'WINDOW', 'Way', 'Job', 'text_config', 'input_device', 'job
            'run_jobs', 'difference', 'candidates', 'choose_way', 'rope_regime', 'remembered_way', 'Sink', 'Request',
            'window_of', 'read_pairs', 'Collected', 'extract_activations', 'collect']
 
-# %% ../nbs/reference/extraction.ipynb #4653ea4c
+# %% ../nbs/reference/extraction.ipynb #cf6f28fc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -337,7 +338,7 @@ def _circumstances(model: nn.Module) -> tuple[Any, ...]:
     kernel = getattr(text_config(model), "_attn_implementation", None)
     return kernel, _dtype(model), input_device(model), torch.is_autocast_enabled(), hooks
 
-# %% ../nbs/reference/extraction.ipynb #78ce973e
+# %% ../nbs/reference/extraction.ipynb #81f2922e
 WINDOW = 1024  # pairs that are sorted together
 
 
@@ -363,10 +364,26 @@ class Request:
     token_budget: int | None = None
     truncation: Truncation | None = None
 
+    def check(self, tokenizer: Any) -> None:
+        "Refuse what can be refused before any text is read."
+        if not callable(tokenizer) or isinstance(tokenizer, nn.Module):
+            swapped = ": are model and tokenizer in the right order?" if isinstance(tokenizer, nn.Module) else "."
+            raise TypeError(f"tokenizer must be the model's tokenizer, not a {type(tokenizer).__name__}{swapped}")
+        for name, number in {"batch_size": self.batch_size, "token_budget": self.token_budget}.items():
+            if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
+                what = "pairs" if name == "batch_size" else "tokens"
+                raise ValueError(f"{name} is the most {what} in one pass: a whole number, 1 or more, not {number!r}.")
+        if self.read is not None and not isinstance(self.read, Tokens):
+            raise TypeError(
+                f"read= takes an expression such as Tokens.generated, not {self.read!r}; for one token read_token_index=."
+            )
+
     def modules(self, model: nn.Module) -> dict[int, nn.Module]:
         "Layer -> the module to read, in order."
         found = resolve_layers(model, self.layer_type, self.layer_config)
         numbers = list(found) if self.layers is None else resolve_layer_numbers(self.layers, found, self.layer_type)
+        if not numbers:
+            raise ValueError("layers is empty, so there is nothing to read. Name a layer, or pass None for all.")
         return {number: model.get_submodule(found[number]) for number in sorted(numbers)}
 
 # %% ../nbs/reference/extraction.ipynb #696b97b9
@@ -406,7 +423,7 @@ def _read_alike(
     with PassReader(model if alone else inner, modules, leave=not alone, shortcut=shortcut) as reader:
         return run_jobs(reader, lambda part, limit: jobs(way, inner, part, limit, most), texts, budget, done)
 
-# %% ../nbs/reference/extraction.ipynb #855d6297
+# %% ../nbs/reference/extraction.ipynb #ab58350e
 def read_pairs(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -418,8 +435,7 @@ def read_pairs(
     "Read what `request` asks for and hand it to `sink`."
     from tqdm.auto import tqdm
 
-    if request.batch_size is not None and request.batch_size < 1:
-        raise ValueError(f"batch_size is the most pairs in one pass: 1 or more, not {request.batch_size}.")
+    request.check(tokenizer)
     modules, is_block = request.modules(model), request.layer_type == "decoder_block"
     longest, total = window_of(model), len(samples) if isinstance(samples, Sized) else None
     budget, num_pairs, samples = request.token_budget or token_budget_of(model), 0, iter(samples)
@@ -438,7 +454,7 @@ def read_pairs(
                 tokenizer, mine, request.read_token_index, request.read, longest, request.truncation, num_pairs + first
             )
             texts = dict(enumerate(text for pair in encoded for text in pair))
-
+            _check_ids(model, texts, num_pairs + first)
             part = len(window) / max(len(texts), 1)
             for alike in _regimes(model, texts):
                 budget = _read_alike(model, modules, is_block, alike, budget, request.batch_size, done)
@@ -447,6 +463,21 @@ def read_pairs(
     if not num_pairs:
         raise ValueError("There are no training samples. Pass at least one pair of texts.")
     return num_pairs
+
+
+def _check_ids(model: nn.Module, texts: Mapping[int, EncodedText], start: int) -> None:
+    "Refuse token ids that the model has no embedding for."
+    plain: Any = unwrap(model)[0]
+    try:
+        known: int = plain.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):  # not a language model, or one that does not say
+        return
+    for number, text in texts.items():
+        if max(text.ids) >= known:
+            raise ValueError(
+                f"The {('positive', 'negative')[number % 2]} text of sample {start + number // 2} has token {max(text.ids)}, and the "
+                f"model knows {known}. Is this the model's own tokenizer?"
+            )
 
 # %% ../nbs/reference/extraction.ipynb #5bd660ca
 @dataclass

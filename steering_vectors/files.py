@@ -217,13 +217,15 @@ def checksum(
         digest.update(v.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/reference/files.ipynb #3c7dd9d0
+# %% ../nbs/reference/files.ipynb #6d3e2a15
 def write_atomically(
     path: str | os.PathLike[str],  # where to
     data: bytes,  # the whole file
 ) -> None:
     "Write `data` to `path`, or leave `path` as it was."
     path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
     new = path.with_name(f".{path.name[:100]}.{uuid4().hex}")
     try:
         with open(new, "xb") as f:
@@ -361,7 +363,7 @@ def model_card(
     data = ModelCardData(library_name="steering-vectors", base_model=story.model_id if named else None, tags=tags)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}".encode("utf-8", "replace").decode())
 
-# %% ../nbs/reference/files.ipynb #7fda9fe7
+# %% ../nbs/reference/files.ipynb #75852cfd
 class VectorFolder(ModelHubMixin, library_name="steering-vectors"):
     "A vector as a folder, or as a repository on the Hugging Face Hub."
 
@@ -382,4 +384,6 @@ class VectorFolder(ModelHubMixin, library_name="steering-vectors"):
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "VectorFolder":
         if os.path.isdir(model_id):
             return cls(load_file(Path(model_id) / cls.FILE))
+        if os.path.isabs(model_id) or model_id.startswith((".", "~")):
+            raise FileNotFoundError(f"There is no folder {model_id}.")
         return cls(load_file(hf_hub_download(model_id, cls.FILE, **options)))

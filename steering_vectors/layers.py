@@ -8,8 +8,9 @@ __all__ = ['LayerType', 'LAYER_TYPES', 'LayerMatcher', 'ModelLayerConfig', 'NAME
            'resolve_layers', 'resolve_layer_numbers', 'block_holder', 'FoundLayers', 'find_layers',
            'get_num_matching_layers', 'guess_and_enhance_layer_config']
 
-# %% ../nbs/reference/layers.ipynb #68ac7031
+# %% ../nbs/reference/layers.ipynb #7268c5b9
 import inspect
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -170,11 +171,14 @@ def _known(model: nn.Module) -> dict[LayerType, LayerMatcher]:
     base = f"{base}." if base and hasattr(model, base) else ""
     return {layer_type: f"{base}{template}" for layer_type, template in templates.items()}
 
-# %% ../nbs/reference/layers.ipynb #41e52bb4
+# %% ../nbs/reference/layers.ipynb #542114d9
 def unwrap(
     model: nn.Module,  # maybe compiled, PEFT-wrapped or DataParallel
 ) -> tuple[nn.Module, str]:  # the model inside, and what its module names begin with
     "The plain model inside `model`."
+    if not isinstance(model, nn.Module):
+        inside = " Pass its .model." if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}.{inside}")
     prefix = ""
     while True:
         children = [name for name, _ in model.named_children()]
@@ -187,7 +191,7 @@ def unwrap(
             return model, prefix
         model, prefix = model.get_submodule(inner), f"{prefix}{inner}."
 
-# %% ../nbs/reference/layers.ipynb #3e0a0d59
+# %% ../nbs/reference/layers.ipynb #5b861b15
 def name_function(
     matcher: LayerMatcher,  # a template, a function, or a bound `str.format`
     model: nn.Module,  # handed to functions of two arguments
@@ -199,11 +203,20 @@ def name_function(
         )
     template = matcher if isinstance(matcher, str) else getattr(matcher, "__self__", None)
     if isinstance(template, str):
+        try:
+            template.format(0, num=0)
+        except (KeyError, IndexError, ValueError):
+            raise ValueError(f"The layer_config template {template!r} has more to fill in than {{num}}.") from None
         return lambda n: template.format(n, num=n)
     if not callable(matcher):
         raise TypeError(f"A layer_config entry is a template with {{num}} or a function, not {type(matcher).__name__}.")
     function: Callable[..., str] = matcher
-    return function if _required(function) == 1 else lambda n: function(model, n)
+    required = _required(function)
+    if required > 2:
+        raise TypeError(
+            f"A layer_config function takes the number, or the model and the number; this one asks for {required}."
+        )
+    return function if required == 1 else lambda n: function(model, n)
 
 
 def _required(function: Callable[..., str]) -> int:
@@ -215,7 +228,7 @@ def _required(function: Callable[..., str]) -> int:
         return 1
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)
 
-# %% ../nbs/reference/layers.ipynb #5e975d19
+# %% ../nbs/reference/layers.ipynb #a5e3392f
 def match(
     model: nn.Module,  # a model, without wrappers
     matcher: LayerMatcher,  # a template or a function
@@ -229,9 +242,14 @@ def match(
     found = {}
     for n in range(highest + 1):
         try:
-            name = name_of(n).removeprefix(prefix)
+            name = name_of(n)
         except (IndexError, KeyError):
             continue
+        if not isinstance(name, str):
+            raise TypeError(
+                f"A layer_config function returns a module's name; for layer {n} this one returned a {type(name).__name__}."
+            )
+        name = name.removeprefix(prefix)
         if name in modules and name:
             found[n] = name
     return found
@@ -248,7 +266,7 @@ class ResolvedLayers(dict[int, str]):
         super().__init__(names)
         self.num_blocks = num_blocks
 
-# %% ../nbs/reference/layers.ipynb #e76dd797
+# %% ../nbs/reference/layers.ipynb #ced15998
 def resolve_layers(
     model: nn.Module,  # any model, wrapped or not
     layer_type: LayerType,  # which part of a block
@@ -256,6 +274,11 @@ def resolve_layers(
 ) -> ResolvedLayers:  # layer number -> module name in `model`
     "The modules of `model` that `layer_type` means."
     check_layer_type(layer_type)
+    if layer_config is not None and not isinstance(layer_config, Mapping):
+        raise TypeError(
+            f"layer_config maps layer types to templates, like {{'decoder_block': 'model.layers.{{num}}'}}; it is a "
+            f"{type(layer_config).__name__}. (A strength goes by name, multiplier=2, and so does operator=.)"
+        )
     for key in layer_config or {}:
         check_layer_type(key)
     plain, prefix = unwrap(model)
@@ -303,17 +326,17 @@ def _own(model: nn.Module, names: Mapping[int, str]) -> dict[int, str]:
     modules = {n: id(model.get_submodule(name)) for n, name in names.items()}
     return {n: names[n] for n, module in modules.items() if list(modules.values()).count(module) == 1}
 
-# %% ../nbs/reference/layers.ipynb #238d8cc9
+# %% ../nbs/reference/layers.ipynb #1ab37719
 def _no_such_part(model: nn.Module, layer_type: LayerType, blocks: Mapping[int, str]) -> str:
     "What to say where no block has such a part."
     first = next(iter(blocks.values()), "layers.0")
     if len({id(model.get_submodule(name)) for name in blocks.values()}) < len(blocks):
         return f"The {len(blocks)} blocks of {type(model).__name__} share modules, so a layer number means none of its own there."
     parts = [name for block in blocks.values() for name, _ in model.get_submodule(block).named_children()]
-    template = f"{first.rpartition('.')[0]}.{{num}}.{parts[-1] if parts else 'name'}"
+    template = f"{first.rpartition('.')[0]}.{{num}}.NAME"
     return (
         f"No `{layer_type}` layers found in {type(model).__name__}: its blocks have {', '.join(dict.fromkeys(parts)) or 'no parts'}. "
-        f"Pass layer_config={{'{layer_type}': '{template}'}}, or the part you mean; `find_layers(model)` lists what repeats."
+        f"Pass layer_config={{'{layer_type}': '{template}'}} with the NAME of the part you mean; `find_layers(model)` lists what repeats."
     )
 
 
@@ -346,7 +369,7 @@ def _spans(numbers: Iterable[int]) -> str:
             spans.append([n])
     return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
-# %% ../nbs/reference/layers.ipynb #d5a78023
+# %% ../nbs/reference/layers.ipynb #23ff6963
 def resolve_layer_numbers(
     wanted: Iterable[int],  # negative ones count from the last block
     found: Mapping[int, str],  # what `resolve_layers` gave
@@ -355,7 +378,7 @@ def resolve_layer_numbers(
     "Check that each of `wanted` exists, and count all of them from the front."
     total = getattr(found, "num_blocks", max(found, default=-1) + 1)
     said: dict[int, int] = {}
-    for number in wanted:
+    for number in _integers(wanted):
         n = number + total if number < 0 else number
         if n not in found:
             raise ValueError(_no_such_layer(number, 0 <= n < total, found, total, layer_type))
@@ -363,6 +386,17 @@ def resolve_layer_numbers(
             raise ValueError(f"{said[n]} and {number} are the same layer, {n} of {total}. Name each layer once.")
         said[n] = number
     return list(said)
+
+
+def _integers(wanted: Iterable[int]) -> list[int]:
+    "The numbers as plain integers, whatever they came in."
+    try:
+        numbers = list(wanted)
+        if any(isinstance(n, bool) for n in numbers):
+            raise TypeError
+        return [operator.index(n) for n in numbers]
+    except TypeError:
+        raise TypeError(f"Layers are a list of whole numbers, like [15, -1], and not {wanted!r}.") from None
 
 # %% ../nbs/reference/layers.ipynb #29ece951
 def block_holder(

@@ -42,7 +42,7 @@ def _component(activation: Tensor, vector: Tensor) -> Tensor:
         (h * v).sum(-1, keepdim=True) / length.clamp_min(torch.finfo(dtype).tiny) * v
     )  # no branch: it would wait for the device
 
-# %% ../nbs/reference/operators.ipynb #46e98bcc
+# %% ../nbs/reference/operators.ipynb #495fca3f
 @dataclass(frozen=True)
 class _Ablation:
     fraction: float = 1.0
@@ -59,7 +59,7 @@ def ablation_operator(
     fraction: float = 1.0,  # share of the component to remove: 1 removes it, 0.5 halves it, 2 reflects the activation
 ) -> PatchDeltaOperator:  # change: minus that share of the activation's component along the vector
     "Remove the activation's component along the vector. The multiplier's size and sign make no difference."
-    if not abs(fraction) < float("inf"):
+    if not isinstance(fraction, int | float) or not abs(fraction) < float("inf"):
         raise ValueError(f"fraction must be a finite number, not {fraction!r}; 1.0 removes the whole component.")
     return _Ablation(float(fraction))
 

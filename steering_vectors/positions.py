@@ -6,7 +6,7 @@
 __all__ = ['CACHES', 'INPUTS', 'Door', 'named_arguments', 'cache_length', 'Seen', 'Memory', 'Pass', 'read_pass', 'Doors',
            'PassTracker']
 
-# %% ../nbs/reference/positions.ipynb #e446cdc0
+# %% ../nbs/reference/positions.ipynb #feba1c34
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .hooks import Attachment
 from .layers import block_holder, unwrap
-from .tokens import Place, Prompt, Selection, Tokens, select
+from .tokens import Columns, Place, Prompt, Selection, Tokens, select
 
 # %% ../nbs/reference/positions.ipynb #da3915a0
 CACHES = ("past_key_values", "cache_params", "state", "past_buckets_states", "mems")
@@ -220,7 +220,7 @@ def _check_prompt(run: Pass, prompt: Prompt) -> None:
             "tokens by column there.)"
         )
 
-# %% ../nbs/reference/positions.ipynb #6f48efb1
+# %% ../nbs/reference/positions.ipynb #11b55c9d
 def _prompt_columns(run: Pass, uncached: Sequence[Tensor]) -> int:
     "Columns of the prompt, where nobody said. `uncached`: ids of the last passes that had no cache."
     if _at_beginning(run):
@@ -231,7 +231,7 @@ def _prompt_columns(run: Pass, uncached: Sequence[Tensor]) -> int:
         if run.cache is None and run.ids is not None and any(_continues(run.ids, ids) for ids in uncached):
             raise ValueError(
                 "This pass repeats an earlier one and adds to it: generation without a cache, or another prompt with the same beginning. "
-                f"From inside, the two look alike. {SAY}"
+                f"From inside, the two look alike. {SAY} For another text open the block anew."
             )
         return run.length
     if run.seen is None or run.seen.prompt is None:
@@ -250,12 +250,25 @@ def _prompt_columns(run: Pass, uncached: Sequence[Tensor]) -> int:
 SAY = "Pass prompt=, all ids that count as the prompt."
 
 
+def _check_mask(run: Pass, columns: int, uncached: Sequence[Tensor]) -> None:
+    "Refuse a mask that ends before the prompt does; only tokens that are written later may lie beyond it."
+    given = run.length - run.drafted
+    if not _at_beginning(run) or given <= columns:
+        return
+    if run.cache is None and (run.ids is None or any(_continues(run.ids, ids) for ids in uncached)):
+        return  # generation without a cache: the prompt came in an earlier pass
+    raise ValueError(
+        f"The mask of tokens has {columns} columns and the model was given {given}. Make it as long as the prompt; for "
+        "numbers of columns pass a list."
+    )
+
+
 def _continues(ids: Tensor, before: Tensor) -> bool:
     "Whether `ids` are `before` and something more."
     n = before.shape[1]
     return n < ids.shape[1] and len(before) == len(ids) and torch.equal(before, ids[:, :n])
 
-# %% ../nbs/reference/positions.ipynb #0dcdd53b
+# %% ../nbs/reference/positions.ipynb #0f52b62f
 def _place(
     run: Pass, prompt: Prompt | None, selection: Selection, device: torch.device, uncached: Sequence[Tensor]
 ) -> Place:
@@ -272,6 +285,8 @@ def _place(
             real, unclear = prompt.real, False
     elif selection.needs_prompt:
         columns = _prompt_columns(run, uncached)
+    if isinstance(selection, Columns) and isinstance(selection.index, Tensor):
+        _check_mask(run, selection.index.shape[-1], uncached)
     if unclear and isinstance(selection, Tokens):
         raise ValueError(
             "Which columns are padding cannot be told: the mask of this pass is not one number a column, and no position ids came in. "

@@ -34,9 +34,10 @@ class SteeringVectorTrainingSample:
     read_positive_token_index: int | None = None  # where to read `positive_str`, if not where the others are read
     read_negative_token_index: int | None = None  # where to read `negative_str`, likewise
 
-# %% ../nbs/reference/samples.ipynb #2b496426
+# %% ../nbs/reference/samples.ipynb #9084b3f4
 def as_sample(
     sample: "TrainingSample",  # a sample, a pair of texts, or a mapping with the columns of one
+    name: str = "A training sample",  # begins the error message
 ) -> SteeringVectorTrainingSample:
     "The sample that `sample` spells."
     if isinstance(sample, SteeringVectorTrainingSample):
@@ -49,14 +50,22 @@ def as_sample(
     elif isinstance(sample, tuple | list) and len(sample) == 2 and not any(isinstance(x, Mapping) for x in sample):
         return SteeringVectorTrainingSample(sample[0], sample[1])
     raise TypeError(
-        f"A training sample is a pair (positive, negative) of texts or conversations, a SteeringVectorTrainingSample, "
+        f"{name} must be a pair (positive, negative) of texts or conversations, a SteeringVectorTrainingSample, "
         f"or a mapping with the keys 'positive' and 'negative'; got {sample!r:.80}."
     )
 
 
+def _check_text(text: Any, name: str) -> None:
+    "Refuse what is neither a string nor a list of messages."
+    if not isinstance(text, str) and not (
+        isinstance(text, Sequence) and text and all(isinstance(message, Mapping) for message in text)
+    ):
+        raise TypeError(f"{name} must be a string or a list of messages (role, content); it is {text!r:.80}.")
+
+
 TrainingSample = SteeringVectorTrainingSample | tuple[Text, Text] | Mapping[str, Any]
 
-# %% ../nbs/reference/samples.ipynb #beecbad9
+# %% ../nbs/reference/samples.ipynb #4b0618a0
 def text_ids(
     tokenizer: "PreTrainedTokenizerBase",  # any Hugging Face tokenizer
     text: Text,  # a string or a conversation
@@ -67,28 +76,35 @@ def text_ids(
         if tokenizer.chat_template is None:
             raise ValueError("This tokenizer has no chat template, so it cannot read a conversation; pass strings.")
         return list(tokenizer.apply_chat_template(chat, continue_final_message=True, return_dict=False))
-    return _without_doubled_start(tokenizer, text, tokenizer(text)["input_ids"])
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids[_doubled_start(tokenizer, text, ids) :]
 
 
-def _without_doubled_start(tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]) -> list[int]:
+def _doubled_start(tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]) -> int:  # 1 if so, else 0
+    "Whether `ids` begin with the start token twice, once from `text` itself."
     start = tokenizer.bos_token
-    doubled = start is not None and text.startswith(start) and ids[:2] == [tokenizer.bos_token_id] * 2
-    return ids[1:] if doubled else ids
+    return int(start is not None and text.startswith(start) and ids[:2] == [tokenizer.bos_token_id] * 2)
 
-# %% ../nbs/reference/samples.ipynb #9c73e713
+# %% ../nbs/reference/samples.ipynb #a8c52010
 def texts_ids(
     tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[Text],  # strings and conversations, mixed as you like
 ) -> list[list[int]]:  # `text_ids` of each
     "The ids of many texts, the strings among them in one call."
+    return [ids[dropped:] for ids, dropped in _encoded(tokenizer, texts)]
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> list[tuple[list[int], int]]:
+    "The tokenizer's own ids of each text, and how many to drop from their beginning."
     strings = [text for text in texts if isinstance(text, str)]
     encoded = iter(tokenizer(strings)["input_ids"] if strings else [])
+    found = [next(encoded) if isinstance(text, str) else text_ids(tokenizer, text) for text in texts]
     return [
-        _without_doubled_start(tokenizer, text, next(encoded)) if isinstance(text, str) else text_ids(tokenizer, text)
-        for text in texts
+        (ids, _doubled_start(tokenizer, text, ids) if isinstance(text, str) else 0)
+        for text, ids in zip(texts, found, strict=True)
     ]
 
-# %% ../nbs/reference/samples.ipynb #b16cca9d
+# %% ../nbs/reference/samples.ipynb #325f6de1
 def read_position(
     index: int,  # which token; negative ones count from the end
     length: int,  # tokens of the text
@@ -98,10 +114,10 @@ def read_position(
     if not length:
         raise ValueError(f"{name} has no tokens, so there is nothing to read. Leave the sample out.")
     if not -length <= index < length:
-        raise ValueError(
-            f"{name} has {length} tokens, so token {index} cannot be read: "
-            f"choose 0 to {length - 1}, or -{length} to -1 counted from the end."
-        )
+        have, places = f"{length} tokens", f"choose 0 to {length - 1}, or -{length} to -1 counted from the end"
+        if length == 1:
+            have, places = "1 token", "choose 0"
+        raise ValueError(f"{name} has {have}, so token {index} cannot be read: {places}.")
     return index % length
 
 # %% ../nbs/reference/samples.ipynb #c66051d0
@@ -173,7 +189,7 @@ def fit(
         )
     return ids[-max_length:] if truncation == "left" else ids[:max_length]
 
-# %% ../nbs/reference/samples.ipynb #8eb5d716
+# %% ../nbs/reference/samples.ipynb #f550b9d8
 def encode_samples(
     tokenizer: "PreTrainedTokenizerBase",
     samples: Iterable[TrainingSample],  # pairs, in any spelling
@@ -184,12 +200,14 @@ def encode_samples(
     start: int = 0,  # number of the first sample, for error messages
 ) -> list[EncodedPair]:
     "The ids and read positions of every pair."
-    pairs = [as_sample(sample) for sample in samples]
+    pairs = [as_sample(sample, f"Sample {start + i}") for i, sample in enumerate(samples)]
     texts = [text for pair in pairs for text in (pair.positive_str, pair.negative_str)]
     asked = [index for pair in pairs for index in (pair.read_positive_token_index, pair.read_negative_token_index)]
     names = [f"The {side} text of sample {start + i}" for i in range(len(pairs)) for side in ("positive", "negative")]
-    whole = texts_ids(tokenizer, texts)
-    encoded = []
+    for text, name in zip(texts, names, strict=True):
+        _check_text(text, name)
+    tokenized = _encoded(tokenizer, texts)
+    whole, encoded = [ids[dropped:] for ids, dropped in tokenized], []
     for i, (text, index, name) in enumerate(zip(texts, asked, names, strict=True)):
         ids = fit(whole[i], max_length, truncation, name)
         if index is None and read is not None:
@@ -199,6 +217,17 @@ def encode_samples(
         else:
             if index is None:
                 index = read_token_index(text) if callable(read_token_index) else read_token_index
-            places = [read_position(operator.index(index), len(ids), name)]
+            places = [read_position(_own_number(index, tokenized[i][1], name), len(ids), name)]
         encoded.append(EncodedText(ids, places))
     return [EncodedPair(encoded[i], encoded[i + 1]) for i in range(0, len(encoded), 2)]
+
+
+def _own_number(index: Any, dropped: int, name: str) -> int:
+    "The place `index` among the ids that are left when `dropped` start tokens are gone."
+    try:
+        number = operator.index(index)
+    except TypeError:
+        raise TypeError(
+            f"{name} is read at a whole number, or where a function of the text says; not {index!r}."
+        ) from None
+    return number - dropped if number > 0 else number

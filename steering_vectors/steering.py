@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['as_multiplier', 'LayerEdit', 'SteeringPatchHandle', 'prepare_steering']
 
-# %% ../nbs/reference/steering.ipynb #c6753b82
+# %% ../nbs/reference/steering.ipynb #d29df14c
 from collections.abc import Mapping, Sequence
+from contextlib import ContextDecorator
 from html import escape
 from typing import Any, Self
 
@@ -15,17 +16,27 @@ from torch import Tensor, nn
 
 from .hooks import Attachment, HookHandle, by_token
 from .layers import LayerType, ModelLayerConfig, resolve_layer_numbers, resolve_layers
-from .operators import PatchDeltaOperator, addition_operator
+from steering_vectors.operators import (
+    PatchDeltaOperator,
+    ablation_operator,
+    ablation_then_addition_operator,
+    addition_operator,
+)
 from .positions import PassTracker
-from .tokens import Place, Prompt, Selection, Tokens, select
+from .tokens import Columns, Place, Prompt, Selection, Tokens, select
 
-# %% ../nbs/reference/steering.ipynb #5ce60dec
+# %% ../nbs/reference/steering.ipynb #a3858697
 def as_multiplier(
     multiplier: float | Sequence[float] | Tensor,  # a number, or one for each row of the batch
 ) -> float | Tensor:  # a number, or a float64 tensor of shape (b,) on the CPU
     "A checked multiplier."
     if isinstance(multiplier, bool):
         raise TypeError(f"multiplier must be a number, or one number a row; it is {multiplier!r}.")
+    if getattr(multiplier, "requires_grad", False):
+        raise ValueError(
+            "The multiplier requires a gradient, which would be lost here. Multiply the direction by it instead: "
+            "SteeringVector({layer: multiplier * direction})."
+        )
     try:
         m = torch.as_tensor(multiplier, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -66,7 +77,7 @@ class _Scaled:
         m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
         return (m * v).to(least if self.wide else h.dtype)
 
-# %% ../nbs/reference/steering.ipynb #945a82e9
+# %% ../nbs/reference/steering.ipynb #2fb4f077
 CPU = torch.device("cpu")
 
 
@@ -75,15 +86,19 @@ def _for_rows(multipliers: Tensor, b: int, device: torch.device = CPU) -> tuple[
     "The multipliers of `b` rows, (b,), and on the device which of them are not zero, (b, 1); None if none is."
     if b % len(multipliers):
         raise ValueError(
-            f"multiplier has {len(multipliers)} numbers, one a row, but the model was given {b} rows. Pass {b} numbers, or one for all."
+            f"multiplier has {len(multipliers)} numbers, one a row, but the model was given {b} rows. Pass one a row, or one for all."
         )
     rows = multipliers.repeat_interleave(b // len(multipliers))
     return rows, None if bool((rows != 0).all()) else (rows != 0)[:, None].to(device)
 
-# %% ../nbs/reference/steering.ipynb #ebbac18b
+# %% ../nbs/reference/steering.ipynb #397f39c7
 def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
     "What the operator answers, checked: (d,), or three dimensions that fit the activation."
-    change = operator(h, vector)
+    try:
+        change = operator(h, vector)
+    except Exception as e:
+        e.add_note(f"Raised by the operator, for an activation {tuple(h.shape)} and a vector {tuple(vector.shape)}.")
+        raise
     if isinstance(change, Tensor) and change.ndim in (1, 3) and change.shape[-1] == h.shape[-1]:
         if all(n in (1, m) for n, m in zip(change.shape, h.shape[-change.ndim :], strict=True)):
             return change
@@ -164,8 +179,8 @@ def _change_by_row(edit: LayerEdit, h: Tensor, rows: Tensor) -> Tensor:
     ]
     return torch.cat(parts)
 
-# %% ../nbs/reference/steering.ipynb #a7ee6547
-class SteeringPatchHandle(Attachment):
+# %% ../nbs/reference/steering.ipynb #ce3ccec2
+class SteeringPatchHandle(Attachment, ContextDecorator):
     "Steering that has been checked and can be attached: a context manager, or `attach()` and `remove()`."
 
     def __init__(
@@ -278,7 +293,7 @@ def _as_html(handle: SteeringPatchHandle) -> str:
         lines.append(f"<div>{''.join(spans[:bar])}<b> | </b>{''.join(spans[bar:])} …</div>")
     return "\n".join(lines)
 
-# %% ../nbs/reference/steering.ipynb #877f4852
+# %% ../nbs/reference/steering.ipynb #4669ab28
 def prepare_steering(
     model: nn.Module,  # any model whose layers can be found
     vectors: Mapping[int, Tensor],  # layer number to (d,); negative numbers count from the end
@@ -290,17 +305,9 @@ def prepare_steering(
     prompt: Any = None,  # ids or tokenizer's output, where the prompt's end must be known
 ) -> SteeringPatchHandle:  # checked, not attached
     "Check everything, touch nothing."
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, not a {type(model).__name__}."
-            + (" Steer its .model." if hasattr(model, "model") else "")
-        )
     if not vectors:
         raise ValueError("The vector has no layers, so there is nothing to steer.")
-    if operator is not None and not callable(operator):
-        raise TypeError(
-            f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one."
-        )
+    _check_operator(operator)
     found = resolve_layers(model, layer_type, layer_config)
     numbers = resolve_layer_numbers(vectors, found, layer_type)
     by_number = dict(zip(numbers, vectors.values(), strict=True))
@@ -318,6 +325,19 @@ def prepare_steering(
     return SteeringPatchHandle(model, {n: found[n] for n in numbers}, edits, tracker, about)
 
 
+def _check_operator(operator: PatchDeltaOperator | None) -> None:
+    "Refuse what is no operator, and what only makes one."
+    makers: tuple[Any, ...] = (addition_operator, ablation_operator, ablation_then_addition_operator)
+    for maker in makers:
+        if operator is maker:
+            name = getattr(maker, "__name__", "")
+            raise TypeError(f"{name} makes an operator: call it, operator={name}().")
+    if operator is not None and not callable(operator):
+        raise TypeError(
+            f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one."
+        )
+
+
 def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
     "Refuse a vector that cannot belong to this model. (A few families return several streams, so a multiple may be right.)"
     if not isinstance(v, Tensor) or v.ndim != 1 or not v.is_floating_point():
@@ -325,6 +345,8 @@ def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
         raise ValueError(
             f"The vector of layer {n} must be one row of floating-point numbers, shape (d,); it is {what}."
         )
+    if bool(v.isnan().any()):
+        raise ValueError(f"The vector of layer {n} holds NaN, which would spread to every token.")
     config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None)
@@ -336,12 +358,12 @@ def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
 
 def _check_reach(selection: Selection | None, prompt: Prompt | None) -> None:
     "Refuse a selection within the prompt that selects nothing of it."
-    if (
-        prompt is None
-        or not isinstance(selection, Tokens)
-        or any(s.part != "prompt" or s.without for s in selection.spans)
-    ):
+    inside = isinstance(selection, Tokens) and all(s.part == "prompt" and not s.without for s in selection.spans)
+    numbers = isinstance(selection, Columns) and isinstance(selection.index, tuple)
+    if prompt is None or not (inside or numbers):
         return
     mask = select(selection, Place(0, len(prompt.lengths), prompt.columns, prompt.columns, prompt.lengths, prompt.real))
+    if numbers:
+        return  # numbers may lie beyond the prompt; those before its beginning have been refused
     if mask is False or (isinstance(mask, Tensor) and not bool(mask.any())):
         raise ValueError(f"{selection!r} selects nothing: the rows of prompt= have {prompt.lengths.tolist()} tokens.")

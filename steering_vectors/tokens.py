@@ -193,7 +193,7 @@ class Columns:
 
 Selection = Tokens | Columns
 
-# %% ../nbs/reference/tokens.ipynb #74fbbbcf
+# %% ../nbs/reference/tokens.ipynb #f8984931
 def as_selection(
     min_token_index: int | None = None,  # steer this column and all later ones
     token_indices: Sequence[int] | slice | Tensor | None = None,  # columns, or a 0/1 mask of shape (s,) or (b, s)
@@ -205,19 +205,20 @@ def as_selection(
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} both say which tokens to steer. Pass one of them.")
     if min_token_index is not None:
-        if isinstance(min_token_index, bool) or not isinstance(min_token_index, int):
-            raise TypeError(f"min_token_index must be a number of a column, not {min_token_index!r}.")
-        return None if min_token_index == 0 else Columns(slice(min_token_index, None))
+        try:
+            number: Any = None if isinstance(min_token_index, bool) else min_token_index
+            first = as_index(number)
+        except TypeError:
+            raise TypeError(f"min_token_index must be a number of a column, not {min_token_index!r}.") from None
+        return None if first == 0 else Columns(slice(first, None))
     chosen = tokens if tokens is not None else token_indices
     if chosen is None or isinstance(chosen, Tokens):
         return chosen
     if isinstance(chosen, slice):
-        _numbers([i for i in (chosen.start, chosen.stop, chosen.step) if i is not None])
-        if chosen.step is not None and chosen.step < 1:
-            raise ValueError(
-                f"The step must be 1 or more, not {chosen.step}: which columns are steered has no direction."
-            )
-        return Columns(chosen)
+        start, stop, step = (None if i is None else _numbers([i])[0] for i in (chosen.start, chosen.stop, chosen.step))
+        if step is not None and step < 1:
+            raise ValueError(f"The step must be 1 or more, not {step}: which columns are steered has no direction.")
+        return Columns(slice(start, stop, step))
     return Columns(_mask(chosen) if _is_mask(chosen) else _numbers(chosen))
 
 
@@ -328,7 +329,7 @@ def select(
         mask = mask | _span_mask(span, place)
     return mask
 
-# %% ../nbs/reference/tokens.ipynb #2d3524f6
+# %% ../nbs/reference/tokens.ipynb #f01d5418
 def _select_columns(index: slice | tuple[int, ...] | Tensor, place: Place) -> bool | Tensor:
     "Columns by slice, by number or by mask."
     if isinstance(index, Tensor):
@@ -349,6 +350,8 @@ def _select_columns(index: slice | tuple[int, ...] | Tensor, place: Place) -> bo
         mask = (c >= start) & ((c - start) % step == 0)
         return (mask if stop is None else mask & (c < stop))[None]
     numbers = sorted({_from_end(i, end) for i in index})
+    if numbers and numbers[0] < 0:
+        raise ValueError(f"Column {numbers[0] - (end or 0)} lies before the first: the prompt has {end} columns.")
     if isinstance(place.start, int):
         inside = [i for i in numbers if place.start <= i < place.start + place.length]
         if len(inside) in (0, place.length):

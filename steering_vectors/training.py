@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Accumulated', 'Measured', 'median_norms', 'directions', 'provenance', 'train_steering_vector']
 
-# %% ../nbs/reference/training.ipynb #ce57658d
+# %% ../nbs/reference/training.ipynb #1b41caa9
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -18,6 +18,7 @@ from steering_vectors.aggregators import (
     AccumulatingAggregator,
     Aggregator,
     aggregate_activations,
+    check_aggregator,
     mean_aggregator,
 )
 from .extraction import Collected, Request, Sink, input_device, read_pairs, text_config
@@ -60,7 +61,7 @@ class Accumulated:
         state = self.states[layer] if layer in self.states else self.aggregator.start()
         self.states[layer] = self.aggregator.add(state, pos, neg)
 
-# %% ../nbs/reference/training.ipynb #bef45903
+# %% ../nbs/reference/training.ipynb #aa0a835c
 @dataclass
 class Measured:
     "A sink that notes the length of every activation and hands it on."
@@ -69,16 +70,23 @@ class Measured:
     keep_on_cpu: bool = False  # hand activations on from the CPU
     lengths: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> lengths
     devices: dict[int, torch.device] = field(default_factory=dict)  # layer -> where its activations were
+    dtypes: dict[int, torch.dtype] = field(default_factory=dict)  # layer -> what they were in
 
     def take(self, numbers: list[int], acts: dict[int, Tensor]) -> None:
         for layer, h in acts.items():
-            self.devices[layer] = h.device
+            self.devices[layer], self.dtypes[layer] = h.device, h.dtype
             wide = torch.promote_types(h.dtype, torch.float32)
             self.lengths.setdefault(layer, []).append(torch.linalg.vector_norm(h, dim=-1, dtype=wide))
         self.sink.take(numbers, {layer: h.cpu() for layer, h in acts.items()} if self.keep_on_cpu else acts)
 
     def complete(self, num_pairs: int) -> None:
         self.lengths = {layer: [torch.cat(h).float().cpu()] for layer, h in self.lengths.items()}
+        for layer, (h,) in self.lengths.items():
+            if bad := int((~h.isfinite()).sum()):
+                raise ValueError(
+                    f"The activations of layer {layer} hold NaN or infinity in {bad} of {len(h)} texts: the model overflows in "
+                    f"{str(self.dtypes[layer]).removeprefix('torch.')}. Load it in bfloat16 or float32."
+                )
         self.sink.complete(num_pairs)
 
 
@@ -92,7 +100,7 @@ def median_norms(
             joined.setdefault(layer, []).extend(h)
     return {layer: float(torch.cat(h).median()) for layer, h in sorted(joined.items())}
 
-# %% ../nbs/reference/training.ipynb #ea81a016
+# %% ../nbs/reference/training.ipynb #0588acb4
 def directions(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -102,6 +110,7 @@ def directions(
     move_to_cpu: bool = False,
 ) -> tuple[dict[int, Tensor], dict[int, float], int]:
     "One direction a layer, the median length of activations there, and how many pairs there were."
+    check_aggregator(aggregator)
     with ranks(model) as team:
         sink = Accumulated(aggregator) if isinstance(aggregator, AccumulatingAggregator) else Collected()
         measured = Measured(sink, keep_on_cpu=move_to_cpu or team.world > 1 or isinstance(sink, Collected))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SteeringVector']
 
-# %% ../nbs/reference/vector.ipynb #d8cc5c55
+# %% ../nbs/reference/vector.ipynb #ff79f5a6
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -216,7 +217,7 @@ class SteeringVector:
     def _repr_markdown_(self) -> str:
         return _table(self)
 
-# %% ../nbs/reference/vector.ipynb #58e09c39
+# %% ../nbs/reference/vector.ipynb #027ec65f
 def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
     "Layer numbers to (d,) tensors of floating-point numbers, or an error that says which is not."
     if not isinstance(activations, Mapping):
@@ -225,9 +226,15 @@ def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
         )
     out = {}
     for n, v in activations.items():
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"Layers are numbered by integers; {n!r} is a {type(n).__name__}.")
-        v = v if isinstance(v, Tensor) else torch.as_tensor(v)
+        try:
+            number: Any = None if isinstance(n, bool) else n
+            n = operator.index(number)
+        except TypeError:
+            raise TypeError(f"Layers are numbered by integers; {n!r} is a {type(n).__name__}.") from None
+        try:
+            v = v if isinstance(v, Tensor) else torch.as_tensor(v)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"The direction of layer {n} must be a tensor, not a {type(v).__name__}.") from None
         if not v.is_floating_point() or v.numel() == 0 or v.shape[-1] != v.numel():
             raise ValueError(
                 f"The direction of layer {n} must be one row of floating-point numbers, shape (d,); it has shape {tuple(v.shape)} and dtype {v.dtype}."
@@ -252,7 +259,12 @@ def _chosen(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list
         inside = range(*layers.indices(total if total is not None else max(have, default=0) + 1))
         chosen = [n for n in have if n in inside]
     else:
-        numbers = [layers] if isinstance(layers, int) else list(layers)
+        try:
+            numbers = [operator.index(n) for n in (layers if isinstance(layers, Iterable) else [layers])]
+        except TypeError:
+            raise TypeError(
+                f"A vector is indexed by layers: v[18], v[10:20] or v[[1, 5]], not v[{layers!r}]."
+            ) from None
         chosen = [n + total if n not in have and n < 0 and total is not None else n for n in numbers]
     missing = [n for n in chosen if n not in have]
     if missing or not chosen:
@@ -304,7 +316,7 @@ def _span(numbers: Sequence[float]) -> str:
     "The smallest and the largest of some numbers."
     return f"{numbers[0]:.3g}" if len(numbers) == 1 else f"{min(numbers):.3g} to {max(numbers):.3g}"
 
-# %% ../nbs/reference/vector.ipynb #2c8e1269
+# %% ../nbs/reference/vector.ipynb #55aa78a1
 def _table(vector: SteeringVector) -> str:
     "The vector for people, in Markdown."
     story, norms = vector.provenance, _norms(vector)
@@ -315,7 +327,7 @@ def _table(vector: SteeringVector) -> str:
     head = ["| layer | length | of the activations | ratio |", "| ---: | ---: | ---: | ---: |"]
     facts = [
         f"model: {story.model_id}",
-        f"{story.num_pairs} pairs",
+        f"{story.num_pairs} pair{'s' * (story.num_pairs != 1)}",
         story.aggregator,
         f"read at {story.read_position}",
         story.note,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from steering_vectors.layers import ModelLayerConfig
 
-# %% ../nbs/reference/widgets.ipynb #2cc136c1
+# %% ../nbs/reference/widgets.ipynb #3d6447eb
 try:
     import ipywidgets as W
     from IPython import get_ipython
@@ -295,7 +295,12 @@ def _move(picker: Any, value: Any) -> None:
         picker.min, picker.max = min(picker.min, value), max(picker.max, value)
     picker.value = value
 
-# %% ../nbs/reference/widgets.ipynb #bcaa5a21
+# %% ../nbs/reference/widgets.ipynb #9d5502e5
+def _quoted(label: str) -> str:
+    "A label of several words in quotation marks."
+    return f"“{label}”" if " " in label else label
+
+
 def _told(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {_label(value)}" for name, value in values.items())
 
@@ -307,9 +312,9 @@ def _described(
     "The axes that move, and a sentence on the grid."
     values = {name: _values(axis) for name, axis in axes.items()}
     moving = {n: (_labels(v), _words(v), v.index(start[n])) for n, v in values.items() if len(v) > 1}
-    quoted = {n: [f"“{x}”" if " " in x and words else x for x in labels] for n, (labels, words, _) in moving.items()}
+    quoted = {n: [_quoted(x) if words else x for x in labels] for n, (labels, words, _) in moving.items()}
     grid = " × ".join(f"{name} {', '.join(labels)}" for name, labels in quoted.items())
-    rest = ", ".join(f"{name}: {_label(v[0])}" for name, v in values.items() if name not in moving)
+    rest = ", ".join(f"{name}: {_quoted(_label(v[0]))}" for name, v in values.items() if name not in moving)
     return moving, f"Computed for {grid}" + (f"; {rest}" if rest else "") + ". Run the notebook for any other."
 
 # %% ../nbs/reference/widgets.ipynb #ab5196ab
@@ -326,7 +331,7 @@ def _checked(axes: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any
             )
     return {name: start.get(name, _start(axis)) for name, axis in axes.items()}
 
-# %% ../nbs/reference/widgets.ipynb #6b7a31ae
+# %% ../nbs/reference/widgets.ipynb #eaeedc7d
 class Control:
     "A function of a few values, with something to move for each of them."
 
@@ -412,12 +417,12 @@ class Control:
 
     def _ipython_display_(self) -> None:
         "In a notebook the live control is there at once; the grid of the page joins it when it is computed."
-        shell = get_ipython()  # type: ignore[no-untyped-call]
-        if not hasattr(shell, "kernel"):  # a terminal shows plain text, once
-            return display(self._repr_mimebundle_(), raw=True)
+        if not hasattr(get_ipython(), "kernel"):  # a terminal shows plain text, once
+            display(self._repr_mimebundle_(), raw=True)  # type: ignore[no-untyped-call]
+            return
         self.refresh()
         live = {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
-        shown = display(live, raw=True, display_id=True)
+        shown = display(live, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         self._bar.layout.visibility = "visible"
         try:
             shown.update({**live, "text/html": self.to_html()}, raw=True)

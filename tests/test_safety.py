@@ -8,12 +8,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from plain import hooks_on
 
 import steering_vectors
-from steering_vectors import SteeringVector, ablation_operator, hooks, record_activations, train_steering_vector
+from steering_vectors import (
+    SteeringVector,
+    ablation_operator,
+    hooks,
+    logistic_aggregator,
+    mean_aggregator,
+    pca_aggregator,
+    record_activations,
+    train_steering_vector,
+)
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.tokens import Tokens
 
@@ -309,3 +319,99 @@ def test_the_users_things_come_back_as_they_were(model: Any) -> None:
     assert (tokenizer.padding_side, tokenizer.pad_token) == padding and torch.equal(torch.get_rng_state(), state)
     model.model.embed_tokens.weight.requires_grad_(True)
     model.eval()
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+PAIRS = [("good day", "bad day"), ("good!", "bad!")]
+BAD_TRAINING: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "layers as a number": (TypeError, "a list of whole numbers", {"layers": 1}),
+    "layers as a word": (TypeError, "a list of whole numbers", {"layers": "all"}),
+    "no layers": (ValueError, "layers is empty", {"layers": []}),
+    "layer_config as a template": (TypeError, "maps layer types to templates", {"layer_config": "model.layers.{num}"}),
+    "an aggregator not made": (TypeError, "call it, aggregator=pca_aggregator", {"aggregator": pca_aggregator}),
+    "an aggregator's name": (TypeError, "not 'pca'", {"aggregator": "pca"}),
+    "no aggregator": (TypeError, "not None", {"aggregator": None}),
+    "read as a word": (TypeError, "an expression such as Tokens.generated", {"read": "all"}),
+    "a place as a word": (TypeError, "is read at a whole number", {"read_token_index": "last"}),
+    "a place of nothing": (TypeError, "is read at a whole number", {"read_token_index": lambda text: None}),
+    "batch_size as a word": (ValueError, "a whole number, 1 or more, not '8'", {"batch_size": "8"}),
+    "half a batch": (ValueError, "a whole number, 1 or more, not 2.5", {"batch_size": 2.5}),
+    "no budget": (ValueError, "token_budget is the most tokens", {"token_budget": 0}),
+}
+
+
+@pytest.mark.parametrize(("error", "words", "options"), BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
+def test_bad_training_reads_nothing(model: Any, error: type[Exception], words: str, options: dict[str, Any]) -> None:
+    calls: list[Any] = []
+    handle = model.register_forward_pre_hook(lambda *args: calls.append(args))
+    inner = model.model.register_forward_pre_hook(lambda *args: calls.append(args))
+    try:
+        with pytest.raises(error, match=words):
+            train_steering_vector(model, tiny_tokenizer(), PAIRS, **options)
+    finally:
+        handle.remove()
+        inner.remove()
+    assert not calls
+
+
+def test_wrong_things_in_the_wrong_places_are_named(model: Any) -> None:
+    tokenizer: Any = tiny_tokenizer()
+    with pytest.raises(TypeError, match="are model and tokenizer in the right order"):
+        train_steering_vector(tokenizer, model, PAIRS)
+    for wrong in ("gpt2", None, tokenizer):
+        with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+            train_steering_vector(wrong, tokenizer, PAIRS)
+        with pytest.raises(TypeError, match="must be a torch.nn.Module"), record_activations(wrong):
+            pass
+    for wrong in (None, model):
+        with pytest.raises(TypeError, match="tokenizer must be the model's tokenizer"):
+            train_steering_vector(model, wrong, PAIRS)
+    with pytest.raises(TypeError, match="The negative text of sample 2 must be a string"):
+        train_steering_vector(model, tokenizer, [*PAIRS, ("a", float("nan"))])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="Sample 2 must be a pair"):
+        train_steering_vector(model, tokenizer, [*PAIRS, "lonely"])  # type: ignore[list-item]
+    tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ValueError, match="positive text of sample 2 has token .* Is this the model's own tokenizer"):
+        train_steering_vector(model, tokenizer, [*PAIRS, ("zebra", "b")])
+
+
+def test_a_model_that_overflows_is_named() -> None:
+    model: Any = tiny_model("llama", dtype=torch.float16)
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    weight.fill_(6e4)
+    weight[::2] = -6e4
+    for aggregator in (mean_aggregator(), pca_aggregator(), logistic_aggregator()):
+        with pytest.raises(ValueError, match="layer 1 hold NaN or infinity in . of 4 texts: .* overflows in float16"):
+            train_steering_vector(model, tiny_tokenizer(), PAIRS, layers=[1], aggregator=aggregator)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(model: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    expected = train_steering_vector(model, tokenizer, PAIRS, layers=[0, 1])
+    for layers in (np.arange(2), torch.arange(2), range(2), iter([0, 1]), (np.int64(0), torch.tensor(1))):
+        assert train_steering_vector(model, tokenizer, PAIRS, layers=layers) == expected
+    assert train_steering_vector(model, tokenizer, PAIRS, batch_size=np.int64(1))[0:2].layer_activations.keys() == {
+        0,
+        1,
+    }
+    assert SteeringVector({np.int64(1): np.ones(D, dtype=np.float32)}) == SteeringVector({1: torch.ones(D)})
+    v = vector(1)
+    with v.apply(model, min_token_index=3):
+        third = model(IDS).logits
+    for three in (np.int64(3), torch.tensor(3)):
+        with v.apply(model, min_token_index=three):
+            assert torch.equal(model(IDS).logits, third)
+        with v.apply(model, token_indices=slice(three, None)):
+            assert torch.equal(model(IDS).logits, third)
+
+
+def test_a_handle_decorates_a_function(model: Any) -> None:
+    v, plain = vector(1), model(IDS).logits
+
+    @v.apply(model)
+    def steered() -> torch.Tensor:
+        return model(IDS).logits  # type: ignore[no-any-return]
+
+    first = steered()
+    assert not torch.equal(first, plain) and torch.equal(steered(), first) and torch.equal(model(IDS).logits, plain)

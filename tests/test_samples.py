@@ -78,7 +78,7 @@ def test_spellings_of_a_sample() -> None:
         [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
         3,
     ):
-        with pytest.raises(TypeError, match="A training sample is a pair"):
+        with pytest.raises(TypeError, match="A training sample must be a pair"):
             as_sample(wrong)  # type: ignore[arg-type]
 
 
@@ -91,3 +91,19 @@ def test_positions_after_truncation_count_what_is_left() -> None:
     for wrong in ("no", 3.5, None):
         with pytest.raises((TypeError, ValueError)):
             encode_samples(tokenizer, [("a", "b")], read_token_index=lambda text: wrong)  # noqa: B023
+
+
+def test_positions_count_in_the_tokenizers_own_ids_also_where_a_doubled_start_was_dropped() -> None:
+    tokenizer = tiny_tokenizer()
+
+    def last(text: str) -> int:
+        return len(tokenizer(text)["input_ids"]) - 1
+
+    for text in ("hello", "<s>hello"):
+        ids = tokenizer(text)["input_ids"]
+        for index in (last, -1, ids.index(tokenizer.convert_tokens_to_ids("o"))):
+            (pair,) = encode_samples(tokenizer, [(text, "<s>xo" if callable(index) or index < 0 else text)], index)
+            assert tokenizer.decode([pair.positive.ids[pair.positive.read[0]]]) == "o"
+            assert pair.positive.ids == tokenizer("hello")["input_ids"]
+        (pair,) = encode_samples(tokenizer, [(text, text)], read_token_index=0)
+        assert pair.positive.read == [0]

@@ -169,7 +169,9 @@ def messages(client, code):
     "What a notebook is sent when it runs `code`, but for the widgets' own state."
     sent = []
     client.execute_interactive(code, timeout=60, output_hook=lambda m: sent.append((m["msg_type"], m["content"])))
-    return [(kind, content) for kind, content in sent if kind not in ("status", "execute_input", "comm_open", "comm_msg")]
+    return [
+        (kind, content) for kind, content in sent if kind not in ("status", "execute_input", "comm_open", "comm_msg")
+    ]
 
 
 def test_the_live_control_is_there_before_the_grid(kernel):
