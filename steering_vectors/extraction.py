@@ -7,13 +7,14 @@ __all__ = ['logger', 'WINDOW', 'Way', 'Job', 'text_config', 'input_device', 'job
            'run_jobs', 'difference', 'candidates', 'choose_way', 'rope_regime', 'remembered_way', 'Sink', 'Request',
            'window_of', 'read_pairs', 'Collected', 'extract_activations', 'collect']
 
-# %% ../nbs/reference/extraction.ipynb #cf6f28fc
+# %% ../nbs/reference/extraction.ipynb #10c85b98
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral
+from operator import length_hint
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -145,7 +146,7 @@ def is_out_of_memory(
         isinstance(error, RuntimeError) and any(words in said for words in ("out of memory", "can't allocate memory"))
     )
 
-# %% ../nbs/reference/extraction.ipynb #8ad0a139
+# %% ../nbs/reference/extraction.ipynb #022499eb
 def token_budget_of(
     model: nn.Module,
 ) -> int:  # tokens of a pass
@@ -154,20 +155,26 @@ def token_budget_of(
     sparse = getattr(config, "_attn_implementation", None) == "sdpa"
     if device.type != "cuda":
         return 2048 if sparse else 512
-    width = getattr(config, "hidden_size", 4096) + getattr(config, "intermediate_size", 4 * 4096)
+    width = _largest(config, "hidden_size", 4096) + _largest(config, "intermediate_size", 4 * 4096)
     free, _ = torch.cuda.mem_get_info(device)
     return int(min(max(free / 4 / (width * 20), 512), 8192 if sparse else 2048))
 
 
+def _largest(config: Any, name: str, default: int) -> int:
+    "A size that may be given for each layer, or not at all."
+    size = getattr(config, name, None)
+    return max(size) if isinstance(size, list | tuple) and size else size if isinstance(size, int) else default
+
+
 def run_jobs(
     reader: PassReader,
-    make: Callable[[Mapping[int, EncodedText], int], list[Job]],  # texts and budget -> passes
+    make: Callable[[Mapping[int, EncodedText], int, int | None], list[Job]],  # texts, most tokens, most texts -> passes
     texts: Mapping[int, EncodedText],
     budget: int,  # to begin with
     done: Callable[[list[int], dict[int, Tensor]], None],  # called after each pass
 ) -> int:  # the budget it ended with
     "Run all passes, with a smaller budget from where memory runs out."
-    todo = deque(make(texts, budget))
+    todo = deque(make(texts, budget, None))
     while todo:
         job = todo.popleft()
         try:
@@ -181,18 +188,18 @@ def run_jobs(
             continue
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        longest = max(len(texts[n].ids) for n in job.numbers)
+        longest, most = max(len(texts[n].ids) for n in job.numbers), len(job.numbers) // 2
         budget = max(min(budget, sum(len(texts[n].ids) for n in job.numbers)) // 2, longest)
-        logger.info("Memory ran out: going on with %d tokens a pass", budget)
-        todo = deque(make({n: texts[n] for n in left}, budget))
+        logger.info("Memory ran out: going on with %d tokens and %d texts a pass", budget, most)
+        todo = deque(make({n: texts[n] for n in left}, budget, most))
     return budget
 
-# %% ../nbs/reference/extraction.ipynb #17b057bc
+# %% ../nbs/reference/extraction.ipynb #fd91f76c
 _LIMITS = {  # dtype -> least and largest difference that may count as rounding, relative to the activation
     torch.float64: (1e-12, 1e-11),
     torch.float32: (5e-6, 1e-5),
     torch.float16: (5e-3, 2e-2),
-    torch.bfloat16: (4e-2, 1e-1),
+    torch.bfloat16: (1.5e-2, 1e-1),
 }
 
 
@@ -222,14 +229,20 @@ def candidates(
     plain = [Way("continued"), Way("padded"), Way("padded", positions=False), Way("single")]
     return plain if any("attention" not in kind or "linear" in kind for kind in kinds) else [*packed, *plain]
 
-# %% ../nbs/reference/extraction.ipynb #73f23d6e
+# %% ../nbs/reference/extraction.ipynb #40b5e2c4
 def _probe(texts: Mapping[int, EncodedText]) -> dict[int, EncodedText]:
-    "The shortest text, the longest, and the last one that is neither."
+    "The shortest text, the longest, the last one that is neither, and a branch of the longest; read at their ends."
     by_length = sorted(texts, key=lambda n: len(texts[n].ids))
     chosen = dict.fromkeys(
         [by_length[0], by_length[-1], *[n for n in sorted(texts)[-3:] if n not in by_length[:1]][-1:]]
     )
-    return {n: texts[n] for n in chosen}
+    probe = {n: EncodedText(texts[n].ids, [len(texts[n].ids) - 1]) for n in chosen}
+    ids = texts[by_length[-1]].ids
+    half = len(ids) // 2
+    other = next((i for text in probe.values() for i in text.ids if i != ids[half]), None)
+    if other is not None:
+        probe[-2] = EncodedText([*ids[:half], other, *ids[half + 1 :]], [len(ids) - 1])
+    return probe
 
 
 def _apart(
@@ -245,21 +258,19 @@ def _apart(
     budget = sum(len(text.ids) for text in probe.values()) * len(probe)
     try:
         with PassReader(inner, modules, leave=way.kind != "single", shortcut=shortcut) as reader:
-            run_jobs(reader, lambda part, limit: jobs(way, inner, part, limit), probe, budget, done)
+            run_jobs(reader, lambda part, limit, most: jobs(way, inner, part, limit, most), probe, budget, done)
             if way.kind == "continued":  # these few may share no beginning, so one is parted in its middle, twice over
                 n = max(probe, key=lambda n: len(probe[n].ids))
                 parted = continued_pass(
                     inner, {n: probe[n], -1: probe[n]}, min(probe[n].read) // 2, input_device(inner)
                 )
                 done([n, -1], reader.run(parted))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
+    except Exception as error:  # also where a pass of several texts does not fit into memory: the next way may
         logger.info("%s cannot run: %s: %s", way, type(error).__name__, error)
         return float("inf")
     return difference(plain, {layer: torch.cat([found[n][layer] for n in probe]) for layer in plain})
 
-# %% ../nbs/reference/extraction.ipynb #06ef0d2b
+# %% ../nbs/reference/extraction.ipynb #a9a4d769
 def choose_way(
     model: nn.Module,  # the whole model
     modules: Mapping[int, nn.Module],  # layer -> the module to read
@@ -279,7 +290,7 @@ def choose_way(
             continue
         if allowed is None:
             apart = _apart(inner, modules, Way("padded"), probe, plain)
-            allowed = min(max(2 * apart, floor), ceiling)
+            allowed = min(max(2 * apart, floor), ceiling) if apart <= ceiling else floor
         apart = _apart(inner, modules, way, probe, plain, shortcut)
         name = type(unwrap(model)[0]).__name__
         logger.info("%s: %s: %.1e apart, where %.1e may be rounding", name, way, apart, allowed)
@@ -308,7 +319,7 @@ def rope_regime(
 def _regime(model: nn.Module, texts: Mapping[int, EncodedText]) -> int:
     return rope_regime(text_config(model), max(len(text.ids) for text in texts.values()))
 
-# %% ../nbs/reference/extraction.ipynb #174e4726
+# %% ../nbs/reference/extraction.ipynb #e4c65f1f
 class _Verdict(NamedTuple):
     way: Way
     length: int  # of the longest text checked
@@ -329,6 +340,8 @@ def remembered_way(
     verdict = known.get(key)
     if verdict is None or longest > verdict.length:
         verdict = known[key] = _Verdict(choose_way(model, modules, texts, is_block), longest)
+        for old in list(known)[:-16]:  # each handle of steering has hooks of its own, and so questions of its own
+            del known[old]
     return verdict.way
 
 
@@ -396,7 +409,7 @@ def window_of(model: nn.Module) -> int | None:
     stretched = int(first * factor) if first and factor else 0
     return max(limit, stretched) if isinstance(limit, int) and limit > 0 else None
 
-# %% ../nbs/reference/extraction.ipynb #ecb42c4e
+# %% ../nbs/reference/extraction.ipynb #1c2b8d9c
 def _regimes(model: nn.Module, texts: Mapping[int, EncodedText]) -> Iterator[dict[int, EncodedText]]:
     "Texts by rotary regime, shortest first."
     config = text_config(model)
@@ -418,12 +431,17 @@ def _read_alike(
     "Read texts that may stand in one pass, in the way that suits the model."
     way, inner = remembered_way(model, modules, texts, is_block), inner_model(model)
     shortcut = find_shortcut(modules[max(modules)]) if way.shortcut else None
-    most = None if batch_size is None else 2 * batch_size
+    most, window = None if batch_size is None else 2 * batch_size, window_of(model)
     alone = way.kind == "single"  # the plainest way runs the whole model, to its end
     with PassReader(model if alone else inner, modules, leave=not alone, shortcut=shortcut) as reader:
-        return run_jobs(reader, lambda part, limit: jobs(way, inner, part, limit, most), texts, budget, done)
 
-# %% ../nbs/reference/extraction.ipynb #ab58350e
+        def make(part: Mapping[int, EncodedText], limit: int, few: int | None) -> list[Job]:
+            row = min(limit, window or limit) if way.kind == "packed" else limit  # some tables end with the window
+            return jobs(way, inner, part, row, min((n for n in (most, few) if n), default=None))
+
+        return run_jobs(reader, make, texts, budget, done)
+
+# %% ../nbs/reference/extraction.ipynb #f206b876
 def read_pairs(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -437,7 +455,7 @@ def read_pairs(
 
     request.check(tokenizer)
     modules, is_block = request.modules(model), request.layer_type == "decoder_block"
-    longest, total = window_of(model), len(samples) if isinstance(samples, Sized) else None
+    longest, total = window_of(model), length_hint(samples, -1)
     budget, num_pairs, samples = request.token_budget or token_budget_of(model), 0, iter(samples)
     read, part = 0.0, 0.5  # pairs read by all processes, as far as seen from here; pairs for each text read here
 
@@ -447,7 +465,10 @@ def read_pairs(
         read += len(numbers) * part
         bar.update(int(read + 1e-6) - bar.n)
 
-    with undisturbed(model), tqdm(total=total, desc=request.tqdm_desc, disable=not request.show_progress) as bar:
+    with (
+        undisturbed(model),
+        tqdm(total=total if total >= 0 else None, desc=request.tqdm_desc, disable=not request.show_progress) as bar,
+    ):
         while window := list(islice(samples, WINDOW)):
             first, mine = share(window)
             encoded = encode_samples(

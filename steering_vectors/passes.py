@@ -6,8 +6,9 @@
 __all__ = ['undisturbed', 'Pass', 'padded_pass', 'Quicker', 'inner_model', 'PassReader', 'Reach', 'mask_kinds', 'packed_pass',
            'TreeAttention', 'tree_attention', 'Shortcut', 'find_shortcut', 'continued_pass']
 
-# %% ../nbs/reference/passes.ipynb #0eee6dd7
+# %% ../nbs/reference/passes.ipynb #850153b4
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _pooled(h: Tensor, counts: list[int]) -> Tensor:
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     return torch.stack([part.mean(0) for part in wide.split(counts)]).to(h.dtype)
 
-# %% ../nbs/reference/passes.ipynb #379bf04c
+# %% ../nbs/reference/passes.ipynb #c7f7f2ed
 class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
@@ -156,6 +157,7 @@ class PassReader:
     ):
         self.model, self.modules, self.leave, self.shortcut = model, modules, leave, shortcut
         self._now: Pass | None = None
+        self._thread: int | None = None  # whose passes are read; other threads may use the model meanwhile
         self._taken: dict[int, Tensor] = {}
 
     def __enter__(self) -> "PassReader":
@@ -177,7 +179,7 @@ class PassReader:
         now: Pass,
     ) -> dict[int, Tensor]:  # layer -> (len(now.numbers), d)
         "The activations of the texts of one pass."
-        self._now, self._taken = now, {}
+        self._now, self._taken, self._thread = now, {}, threading.get_ident()
         try:
             with Quicker(now.attention) if self.leave else nullcontext():
                 self.model(**_known_inputs(self.model, {"use_cache": False, **now.inputs}))
@@ -190,11 +192,16 @@ class PassReader:
         return {layer: _pooled(self._taken[layer], now.counts) for layer in sorted(self._taken)}
 
     def _read(self, layer: int, h: Tensor) -> None:
-        if self._now is None or layer in self._taken:  # where a block runs several times a pass, its first time counts
+        if (
+            not self._is_reading() or layer in self._taken
+        ):  # where a block runs several times a pass, its first time counts
             return
         self._taken[layer] = self._wanted(h)
         if self.leave and len(self._taken) == len(self.modules):
             raise _EveryLayerRead
+
+    def _is_reading(self) -> bool:
+        return self._now is not None and self._thread == threading.get_ident()
 
     def _wanted(self, h: Tensor) -> Tensor:
         now = self._now
@@ -209,7 +216,7 @@ class PassReader:
         return wanted[:, 0] if wanted.shape[1] == 1 else wanted.mean(1)  # a few families keep several streams a token
 
     def _read_early(self, layer: int, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self._now is None or self.shortcut is None:
+        if not self._is_reading() or self.shortcut is None:
             return
         x, now, self._now = self._wanted(args[0])[None], self._now, None  # the shortcut runs `norm` itself
         k = x.shape[1]
