@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from steering_vectors.layers import ModelLayerConfig
 
-# %% ../nbs/reference/effects.ipynb #21f89193
-Prompt = str | Sequence[Mapping[str, str]] | Tensor  # words, chat messages, or ids
+# %% ../nbs/reference/effects.ipynb #f401152d
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor  # words, chat messages, or ids
 
 
 def prompt_ids(
@@ -39,16 +39,40 @@ def prompt_ids(
     chat: bool | None = None,  # put words into the chat template; None: where the tokenizer has one
 ) -> Tensor:  # (1, s)
     "The ids a model is given to answer `prompt`."
-    if isinstance(prompt, Tensor):
-        return prompt.reshape(1, -1)
+    text, special = _wording(tokenizer, prompt, chat)
+    if text is None:
+        return _one_row(prompt)
+    return torch.tensor([tokenizer(text, add_special_tokens=special)["input_ids"]])
+
+
+def _wording(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, chat: bool | None
+) -> tuple[str | None, bool]:  # None: it is ids already; whether special tokens are still to be added
+    "The text that is tokenized for a prompt."
     if isinstance(prompt, str):
         if chat is False or (chat is None and not tokenizer.chat_template):
-            return torch.tensor([tokenizer(prompt)["input_ids"]])
+            return prompt, True
         prompt = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt], tokenize=False, add_generation_prompt=True
-    )
-    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    if isinstance(prompt, (Tensor, Mapping)) or not all(isinstance(message, Mapping) for message in prompt):
+        return None, False
+    messages: Any = [dict(message) for message in prompt if isinstance(message, Mapping)]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), False
+
+
+def _one_row(prompt: Any) -> Tensor:  # (1, s)
+    "Ids as one row, or an error that says what they are instead."
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"A prompt is words, chat messages or ids, not a {type(prompt).__name__}; of a tokenizer's output, its input_ids."
+        ) from None
+    if ids.ndim not in (1, 2) or ids.numel() != ids.shape[-1] or ids.is_floating_point():
+        raise ValueError(
+            f"The ids of a prompt are one row of whole numbers, shape (s,) or (1, s); these have shape {tuple(ids.shape)} "
+            f"and dtype {ids.dtype}. Ask one prompt at a time: ids[0]."
+        )
+    return ids.reshape(1, -1)
 
 # %% ../nbs/reference/effects.ipynb #c46c6edd
 @contextmanager
@@ -268,7 +292,7 @@ def next_token_shift(
     top = rank.topk(min(k, len(before))).indices
     return TokenShift(_words(tokenizer, top.tolist()), tuple(before[top].tolist()), tuple(after[top].tolist()))
 
-# %% ../nbs/reference/effects.ipynb #79674179
+# %% ../nbs/reference/effects.ipynb #22837a19
 @dataclass(frozen=True, eq=False)
 class Effect:
     "A measure of each example at each multiplier."
@@ -287,9 +311,17 @@ class Effect:
     @property
     def slopes(self) -> Tensor:  # (n,)
         "The rise of each example with one unit of multiplier."
+        if not self._has_slope:
+            raise ValueError(
+                f"A slope needs two different multipliers, and this was measured at {self.multipliers}. Measure it at 0 as well."
+            )
         m = torch.tensor(self.multipliers, dtype=self.values.dtype)
         m = m - m.mean()
         return self.values @ m / (m @ m)
+
+    @property
+    def _has_slope(self) -> bool:
+        return len(set(self.multipliers)) > 1
 
     @property
     def slope(self) -> float:
@@ -314,7 +346,7 @@ class Effect:
 
     @property
     def _summary(self) -> str:
-        if not self.should_rise:
+        if not self.should_rise or not self._has_slope:
             return ""
         wrong, n = int((self.slopes < 0).sum()), len(self.values)
         return f"slope {self.slope:+.3f} {self.unit} per multiplier; {wrong} of {n} examples go the wrong way"
@@ -353,6 +385,31 @@ def _scores(
         out.append(torch.where(scored, right.cpu(), 0.0).sum(1) / scored.sum(1))
     return torch.cat(out)
 
+# %% ../nbs/reference/effects.ipynb #bbddc9ee
+def _continued(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Prompt,
+    completion: str,
+    chat: bool | None = None,
+) -> tuple[list[int], list[int]]:  # of the prompt, of the completion
+    "The ids of a prompt, and those that a completion adds to them."
+    text, special = _wording(tokenizer, prompt, chat)
+    asked: list[int] = prompt_ids(tokenizer, prompt, chat)[0].tolist()
+    if text is None:
+        written: list[int] = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    else:
+        whole: list[int] = tokenizer(text + completion, add_special_tokens=special)["input_ids"]
+        if whole[: len(asked)] != asked:
+            raise ValueError(
+                f"The completion {completion!r} merges with the end of the prompt, {text[-20:]!r}: together they have other "
+                "tokens there than the prompt alone. Move the space, or the part of a word, from the prompt's end into the "
+                "completion; or give the prompt as ids, and they stay as they are."
+            )
+        written = whole[len(asked) :]
+    if not written:
+        raise ValueError("A completion is empty: it needs at least one token to have a probability.")
+    return asked, written
+
 # %% ../nbs/reference/effects.ipynb #7c037e75
 def _curve(
     model: "PreTrainedModel",
@@ -375,7 +432,7 @@ def _curve(
             columns.append(_scores(model, pairs, batch_size, steer))
     return torch.stack(columns, 1)
 
-# %% ../nbs/reference/effects.ipynb #c50da92e
+# %% ../nbs/reference/effects.ipynb #3749e0c4
 def completion_gap(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -391,22 +448,11 @@ def completion_gap(
     "How much more probable the matching completion is than the other one."
     if not contrasts:
         raise ValueError("No contrasts: give at least one (prompt, matching completion, other completion).")
-    pairs = []
-    for prompt, matching, other in contrasts:
-        asked = prompt_ids(tokenizer, prompt, chat)[0].tolist()
-        pairs += [(asked, _completion(tokenizer, text)) for text in (matching, other)]
+    pairs = [_continued(tokenizer, prompt, text, chat) for prompt, *completions in contrasts for text in completions]
     scores = _curve(model, vector, multipliers, pairs, batch_size, operator, tokens, layer_config)
     return Effect("log-probability gap", "nats a token", tuple(multipliers), scores[0::2] - scores[1::2])
 
-
-def _completion(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    "The ids of a completion, which continues a prompt and so has no beginning of its own."
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError("A completion is empty: it needs at least one token to have a probability.")
-    return ids
-
-# %% ../nbs/reference/effects.ipynb #d9add3f9
+# %% ../nbs/reference/effects.ipynb #70759424
 def answer_gap(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -424,7 +470,7 @@ def answer_gap(
     rows = []
     for prompt, *answers in questions:
         ids = prompt_ids(tokenizer, prompt, chat).to(model.device).expand(len(multipliers), -1)
-        first, second = (_one_token(tokenizer, a) for a in answers)
+        first, second = (_one_token(tokenizer, prompt, a, chat) for a in answers)
         handle = vector.apply(model, layer_config, operator, list(multipliers), tokens=tokens, prompt=ids)
         with handle, _measuring(model):
             logits = model(input_ids=ids).logits[:, -1].float().cpu()
@@ -432,16 +478,16 @@ def answer_gap(
     return Effect("logit gap", "logits", tuple(multipliers), torch.stack(rows))
 
 
-def _one_token(tokenizer: "PreTrainedTokenizerBase", answer: str) -> int:
-    "The id of an answer, which must be a single token."
-    ids = _completion(tokenizer, answer)
+def _one_token(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, answer: str, chat: bool | None = None) -> int:
+    "The id of an answer to `prompt`, which must be a single token."
+    ids = _continued(tokenizer, prompt, answer, chat)[1]
     if len(ids) > 1:
         raise ValueError(
             f"The answer {answer!r} is {len(ids)} tokens: choose one of a single token, or `completion_gap`."
         )
     return ids[0]
 
-# %% ../nbs/reference/effects.ipynb #e6cb03a3
+# %% ../nbs/reference/effects.ipynb #f6654abd
 def text_loss(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -457,6 +503,12 @@ def text_loss(
     if not texts:
         raise ValueError("No texts: give at least one.")
     ids: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
+    for i, row in enumerate(ids):
+        if len(row) < 2:
+            count = f"{len(row)} token{'' if len(row) == 1 else 's'}"
+            raise ValueError(
+                f"Text {i}, {texts[i]!r}, has {count}, and a loss needs two: each is predicted from those before it. Leave it out."
+            )
     pairs = [(row[:1], row[1:]) for row in ids]
     scores = _curve(model, vector, multipliers, pairs, batch_size, operator, tokens, layer_config)
     return Effect("loss", "nats a token", tuple(multipliers), -scores, should_rise=False)
@@ -486,7 +538,7 @@ class Similarity:
     def _repr_html_(self) -> str:
         return _table(["cosine", *self.names], self._rows)
 
-# %% ../nbs/reference/effects.ipynb #e96e9cea
+# %% ../nbs/reference/effects.ipynb #5e7291ff
 def similarity(
     vectors: SteeringVector | Mapping[str, SteeringVector],  # one, to compare its layers; several by name
     layer: int | None = None,  # where several are compared; may be left out if they share just one layer
@@ -495,6 +547,8 @@ def similarity(
     if isinstance(vectors, SteeringVector):
         found = {str(n): a for n, a in sorted(vectors.layer_activations.items())}
     else:
+        if not vectors:
+            raise ValueError('There are no vectors to compare. Give at least one by name: {"joy": vector}.')
         shared = set.intersection(*(set(v.layer_activations) for v in vectors.values()))
         if layer is None and len(shared) == 1:
             layer = next(iter(shared))

@@ -236,13 +236,15 @@ def _probe(texts: Mapping[int, EncodedText]) -> dict[int, EncodedText]:
     chosen = dict.fromkeys(
         [by_length[0], by_length[-1], *[n for n in sorted(texts)[-3:] if n not in by_length[:1]][-1:]]
     )
-    probe = {n: EncodedText(texts[n].ids, [len(texts[n].ids) - 1]) for n in chosen}
-    ids = texts[by_length[-1]].ids
-    half = len(ids) // 2
-    other = next((i for text in probe.values() for i in text.ids if i != ids[half]), None)
-    if other is not None:
-        probe[-2] = EncodedText([*ids[:half], other, *ids[half + 1 :]], [len(ids) - 1])
-    return probe
+    longest = texts[by_length[-1]].ids
+    found = {n: texts[n].ids for n in chosen} | {-1: _branch(longest, len(longest) // 2)}
+    return {n: EncodedText(ids, [len(ids) - 1]) for n, ids in found.items()}
+
+
+def _branch(ids: list[int], at: int) -> list[int]:
+    "The same ids with another one in the place `at`, where there is another."
+    other = next((i for i in ids if i != ids[at]), ids[at])
+    return [*ids[:at], other, *ids[at + 1 :]]
 
 
 def _apart(
@@ -259,16 +261,31 @@ def _apart(
     try:
         with PassReader(inner, modules, leave=way.kind != "single", shortcut=shortcut) as reader:
             run_jobs(reader, lambda part, limit, most: jobs(way, inner, part, limit, most), probe, budget, done)
-            if way.kind == "continued":  # these few may share no beginning, so one is parted in its middle, twice over
-                n = max(probe, key=lambda n: len(probe[n].ids))
-                parted = continued_pass(
-                    inner, {n: probe[n], -1: probe[n]}, min(probe[n].read) // 2, input_device(inner)
-                )
-                done([n, -1], reader.run(parted))
     except Exception as error:  # also where a pass of several texts does not fit into memory: the next way may
         logger.info("%s cannot run: %s: %s", way, type(error).__name__, error)
         return float("inf")
     return difference(plain, {layer: torch.cat([found[n][layer] for n in probe]) for layer in plain})
+
+
+def _alone(
+    model: nn.Module, modules: Mapping[int, nn.Module], texts: Mapping[int, EncodedText]
+) -> dict[int, Tensor]:  # layer -> (n, d)
+    "The plain reading of a few texts."
+    with PassReader(model, modules, leave=False) as reader:
+        read = [reader.run(job.make()) for job in jobs(Way("single"), model, texts, 1)]
+    return {layer: torch.cat([acts[layer] for acts in read]) for layer in modules}
+
+
+def _parted(model: nn.Module, modules: Mapping[int, nn.Module], ids: list[int]) -> float:
+    "How far continuing is from the plain reading for texts that part from `ids` in the middle and near the end."
+    inner, most = inner_model(model), 0.0
+    for at in (len(ids) // 2, 7 * len(ids) // 8):
+        relatives = (ids, _branch(ids, at), ids[: (at + len(ids)) // 2 + 1])
+        texts = {n: EncodedText(own, [len(own) - 1]) for n, own in enumerate(relatives)}
+        with PassReader(inner, modules) as reader:
+            found = reader.run(continued_pass(inner, texts, at, input_device(inner)))
+        most = max(most, difference(_alone(model, modules, texts), found))
+    return most
 
 # %% ../nbs/reference/extraction.ipynb #a9a4d769
 def choose_way(
@@ -279,9 +296,7 @@ def choose_way(
 ) -> Way:
     "The cheapest way that reads a few of `texts` as the plain way does."
     inner, probe = inner_model(model), _probe(texts)
-    with PassReader(model, modules, leave=False) as reader:
-        alone = [reader.run(job.make()) for job in jobs(Way("single"), model, probe, 1)]
-    plain = {layer: torch.cat([acts[layer] for acts in alone]) for layer in alone[0]}
+    plain = _alone(model, modules, probe)
     floor, ceiling = _LIMITS.get(_dtype(model), _LIMITS[torch.bfloat16])
     allowed = None
     for way in candidates(text_config(model)):
@@ -292,6 +307,8 @@ def choose_way(
             apart = _apart(inner, modules, Way("padded"), probe, plain)
             allowed = min(max(2 * apart, floor), ceiling) if apart <= ceiling else floor
         apart = _apart(inner, modules, way, probe, plain, shortcut)
+        if way.kind == "continued" and apart <= allowed:
+            apart = _parted(model, modules, max((text.ids for text in probe.values()), key=len))
         name = type(unwrap(model)[0]).__name__
         logger.info("%s: %s: %.1e apart, where %.1e may be rounding", name, way, apart, allowed)
         if apart <= allowed or way.kind == "single":

@@ -16,7 +16,7 @@ from steering_vectors import (
     text_loss,
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.effects import prompt_ids
+from steering_vectors.effects import _continued, prompt_ids
 
 KINDS = ["llama", "gpt2", "gemma2", "opt", "gpt_neox"]
 
@@ -86,6 +86,80 @@ def test_completions_are_scored_one_at_a_time_alike(made):
         for j, m in enumerate((-1, 0, 2)):
             expected = score(prompt, a, m) - score(prompt, b, m)
             assert float(effect.values[i, j]) == pytest.approx(expected, abs=2e-4)
+
+
+def sentencepiece_like():
+    "A tokenizer that writes the beginning of every text as if a space stood before it, as Llama's does."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "▁", "A", "B", "▁A", "▁B", "(", "▁("])}
+    merges = [("▁", "A"), ("▁", "B"), ("▁", "(")]
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    "prompt, chat, completion, pieces",
+    [
+        ("(", False, "A", ["A"]),  # by itself it would be ▁A
+        ("(", False, " A", ["▁A"]),
+        ([{"role": "user", "content": "A"}], False, "B", ["B"]),  # messages: the template's text goes on
+        ("A", True, "B", ["B"]),
+        ([7], False, "A", ["▁A"]),  # ids have no text to go on
+    ],
+)
+def test_a_completion_is_what_it_adds_to_the_prompts_tokens(prompt, chat, completion, pieces):
+    tokenizer = sentencepiece_like()
+    tokenizer.chat_template = "{% for m in messages %}({{ m['content'] }}({% endfor %}"
+    asked, written = _continued(tokenizer, prompt, completion, chat)
+    assert tokenizer.convert_ids_to_tokens(written) == pieces
+    assert asked == prompt_ids(tokenizer, prompt, chat)[0].tolist()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_completion_that_merges_with_the_prompt_is_refused(chat):
+    tokenizer = sentencepiece_like()
+    tokenizer.chat_template = "{% for m in messages %}({{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="merges with the end of the prompt"):
+        completion_gap(None, tokenizer, None, [("A ", "B", "A")], chat=chat)
+    with pytest.raises(ValueError, match="merges with the end of the prompt"):
+        answer_gap(tiny_model(), tokenizer, None, [("A ", "B", "A")], chat=chat)
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        (torch.ones(2, 3, dtype=torch.long), r"shape \(2, 3\)"),
+        (torch.tensor(3), r"shape \(\)"),
+        (torch.tensor([1.0, 2.0]), "float32"),
+        ([[1, 2], [3, 4]], r"shape \(2, 2\)"),
+        ({"input_ids": [1, 2]}, "its input_ids"),
+        (["Hi", "there"], "not a list"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompt, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        prompt_ids(tiny_tokenizer(), prompt)
+
+
+def test_ids_may_come_as_a_list(made):
+    model, tokenizer, v = made
+    ids = prompt_ids(tokenizer, "Hi")
+    by_list = sweep(model, tokenizer, v, ids[0].tolist(), layers=[1], multipliers=[0, 1], max_new_tokens=3)
+    by_tensor = sweep(model, tokenizer, v, ids, layers=[1], multipliers=[0, 1], max_new_tokens=3)
+    assert by_list == by_tensor and by_list.prompt == tokenizer.decode(ids[0])
+
+
+@pytest.mark.parametrize("multipliers", [[1.0], [1.0, 1.0]])
+def test_one_multiplier_has_an_average_and_no_slope(multipliers):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    effect = answer_gap(model, tokenizer, SteeringVector({0: torch.ones(32)}), [("A or B?", "A", "B")], multipliers)
+    assert "nan" not in repr(effect) and "slope" not in effect._repr_html_()
+    for asked in ("slope", "slopes", "wrong_way"):
+        with pytest.raises(ValueError, match="two different multipliers"):
+            getattr(effect, asked)
 
 
 def test_steering_only_the_response_changes_nothing_before_it(made):
