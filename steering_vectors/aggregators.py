@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-# %% ../nbs/reference/aggregators.ipynb #a82c479f
+# %% ../nbs/reference/aggregators.ipynb #a2f738ad
 Aggregator = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -23,11 +23,20 @@ class AccumulatingAggregator(Protocol):
 
     needs_pairs: bool  # must `add` get whole pairs, row by row?
 
-    def __call__(self, pos_acts: Tensor, neg_acts: Tensor) -> Tensor: ...
-    def start(self) -> Any: ...
-    def add(self, state: Any, pos_acts: Tensor, neg_acts: Tensor) -> Any: ...
-    def merge(self, state: Any, other: Any) -> Any: ...
-    def finish(self, state: Any) -> Tensor: ...
+    def __call__(self, pos_acts: Tensor, neg_acts: Tensor) -> Tensor:
+        "The direction, (d,), of activations that are all there, (n, d) each."
+
+    def start(self) -> Any:
+        "The state before any activation; it may be of any kind that can be pickled."
+
+    def add(self, state: Any, pos_acts: Tensor, neg_acts: Tensor) -> Any:
+        "`state` and a few activations more, (n, d) and (m, d): n = m if `needs_pairs`, else either may be 0."
+
+    def merge(self, state: Any, other: Any) -> Any:
+        "The state of the activations of both: of one process, and of another."
+
+    def finish(self, state: Any) -> Tensor:
+        "The direction, (d,), in the dtype of the activations."
 
 # %% ../nbs/reference/aggregators.ipynb #85e9d604
 class _Sums(NamedTuple):
@@ -74,19 +83,20 @@ def mean_aggregator() -> Aggregator:
     "The default: the mean of the positive activations less the mean of the negative ones."
     return _Mean()
 
-# %% ../nbs/reference/aggregators.ipynb #89f3c404
+# %% ../nbs/reference/aggregators.ipynb #46cbffc3
 class _Moments(NamedTuple):
-    deltas: list[Tensor]  # differences not yet summed, each (n, d)
-    moment: Tensor | None  # sum of outer products of those that were, (d, d)
-    total: Any  # sum of all differences, (d,); 0 at the start
-    dtype: torch.dtype | None
+    deltas: list[Tensor]  # differences not yet summed, each (n, d), on the CPU
+    moment: Tensor | None  # sum of outer products of those that were, (d, d), float64, on the CPU
+    total: Any  # sum of all differences, (d,), float64, on the CPU; 0 at the start
+    dtype: torch.dtype | None  # of the activations
+    device: torch.device | None  # of the activations
 
 
 class _PCA:
     needs_pairs = True
 
     def start(self) -> _Moments:
-        return _Moments([], None, 0, None)
+        return _Moments([], None, 0, None, None)
 
     def add(self, state: _Moments, pos_acts: Tensor, neg_acts: Tensor) -> _Moments:
         if len(pos_acts) != len(neg_acts):
@@ -95,8 +105,9 @@ class _PCA:
                 "negative activations. Use mean_aggregator() or logistic_aggregator() for unequal counts."
             )
         wide = _at_least_float32(pos_acts)
-        deltas = pos_acts.to(wide) - neg_acts.to(wide)
-        return self.merge(state, _Moments([deltas], None, deltas.sum(0), pos_acts.dtype))
+        deltas = (pos_acts.to(wide) - neg_acts.to(wide)).cpu()
+        total = deltas.sum(0, dtype=torch.float64)
+        return self.merge(state, _Moments([deltas], None, total, pos_acts.dtype, pos_acts.device))
 
     def merge(self, state: _Moments, other: _Moments) -> _Moments:
         return _folded(_Moments(
@@ -104,13 +115,15 @@ class _PCA:
             _sum(state.moment, other.moment),
             state.total + other.total,
             state.dtype or other.dtype,
+            state.device or other.device,
         ))  # fmt: skip
 
     def finish(self, state: _Moments) -> Tensor:
         if not sum(map(len, state.deltas)) and state.moment is None:
             raise ValueError("There are no activations, so there is no direction to find.")
         vec = _first_direction(state)
-        return (-vec if torch.dot(state.total, vec) < 0 else vec).to(state.dtype)
+        back = torch.dot(state.total, vec.cpu().double()) < 0
+        return (-vec if back else vec).to(state.device, state.dtype)
 
     def __call__(self, pos_acts: Tensor, neg_acts: Tensor) -> Tensor:
         return self.finish(self.add(self.start(), pos_acts, neg_acts))
@@ -122,25 +135,30 @@ class _PCA:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
-# %% ../nbs/reference/aggregators.ipynb #7723c3b6
+# %% ../nbs/reference/aggregators.ipynb #7a0c890f
 def _folded(state: _Moments) -> _Moments:
     "The state with its deltas summed, once there are more of them than they are wide."
     n = sum(map(len, state.deltas))
     if not state.deltas or (state.moment is None and n <= state.deltas[0].shape[1]):
         return state
-    deltas = torch.cat(state.deltas)
-    return state._replace(deltas=[], moment=_sum(state.moment, deltas.T @ deltas))
+    deltas = torch.cat(state.deltas).to(_workplace(state), torch.float64)
+    return state._replace(deltas=[], moment=_sum(state.moment, (deltas.T @ deltas).cpu()))
 
 
 def _first_direction(state: _Moments) -> Tensor:
     "The unit vector along which the differences of `state` are largest, (d,)."
     if state.moment is not None:
-        vec: Tensor = torch.linalg.eigh(state.moment).eigenvectors[:, -1]
-        return vec * (state.moment.diagonal().sum() > 0)
-    deltas = torch.cat(state.deltas)
+        vec: Tensor = torch.linalg.eigh(state.moment.to(_workplace(state))).eigenvectors[:, -1]
+        return vec * float(state.moment.diagonal().sum() > 0)
+    deltas = torch.cat(state.deltas).to(_workplace(state))
     deltas = deltas / deltas.abs().amax().clamp_min(torch.finfo(deltas.dtype).tiny)  # squares must not underflow
     top: Tensor = deltas.T @ torch.linalg.eigh(deltas @ deltas.T).eigenvectors[:, -1]
     return torch.nn.functional.normalize(top, dim=0)
+
+
+def _workplace(state: _Moments) -> torch.device:
+    "Where matrices of `state` are multiplied and solved."
+    return state.device if state.device is not None and state.device.type == "cuda" else torch.device("cpu")
 
 
 def pca_aggregator() -> Aggregator:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SteeringVector']
 
-# %% ../nbs/reference/vector.ipynb #ff79f5a6
+# %% ../nbs/reference/vector.ipynb #962aec07
 import math
 import operator
 import os
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .baking import bake
 from .exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
 from .files import Provenance, VectorFile, VectorFolder, load_file, save_file
-from .layers import LayerType, ModelLayerConfig, check_layer_type
+from .layers import LayerType, ModelLayerConfig, _spans, check_layer_type
 from .operators import PatchDeltaOperator
 from .steering import SteeringPatchHandle, prepare_steering
 from .tokens import Tokens, as_selection
@@ -27,7 +27,7 @@ from .tokens import Tokens, as_selection
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# %% ../nbs/reference/vector.ipynb #8f7df022
+# %% ../nbs/reference/vector.ipynb #c5616dd2
 @dataclass(eq=False)
 class SteeringVector:
     "Directions for the layers of a model, and the ways to use them."
@@ -91,8 +91,7 @@ class SteeringVector:
     ) -> "SteeringVector":
         "One direction at many layers: `v[18].at(range(30))`."
         direction = _only(self)
-        numbers = [layers] if isinstance(layers, int) else list(layers)
-        return replace(self, layer_activations={n: direction for n in numbers})
+        return replace(self, layer_activations={n: direction for n in _one_or_more(layers)})
 
     # --- combine -----------------------------------------------------------------------------------------------------
     __array_ufunc__ = None  # numpy is not to take `array * vector` apart into many vectors
@@ -217,7 +216,7 @@ class SteeringVector:
     def _repr_markdown_(self) -> str:
         return _table(self)
 
-# %% ../nbs/reference/vector.ipynb #027ec65f
+# %% ../nbs/reference/vector.ipynb #b39e2f2b
 def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
     "Layer numbers to (d,) tensors of floating-point numbers, or an error that says which is not."
     if not isinstance(activations, Mapping):
@@ -260,7 +259,7 @@ def _chosen(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list
         chosen = [n for n in have if n in inside]
     else:
         try:
-            numbers = [operator.index(n) for n in (layers if isinstance(layers, Iterable) else [layers])]
+            numbers = [operator.index(n) for n in _one_or_more(layers)]
         except TypeError:
             raise TypeError(
                 f"A vector is indexed by layers: v[18], v[10:20] or v[[1, 5]], not v[{layers!r}]."
@@ -269,9 +268,18 @@ def _chosen(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list
     missing = [n for n in chosen if n not in have]
     if missing or not chosen:
         raise ValueError(
-            f"This vector has no layer {', '.join(map(str, missing)) or 'in ' + str(layers)}. It has {_ranges(list(have))}."
+            f"This vector has no layer {', '.join(map(str, missing)) or 'in ' + str(layers)}. It has {_spans(have) or 'no layers'}."
         )
     return chosen
+
+
+def _one_or_more(layers: Any) -> list[Any]:
+    "A number of Python, numpy or torch as a list of one, and several as they come."
+    try:
+        operator.index(layers)
+    except TypeError:
+        return list(layers)
+    return [layers]
 
 
 def _only(vector: SteeringVector) -> Tensor:
@@ -283,28 +291,17 @@ def _only(vector: SteeringVector) -> Tensor:
     return next(iter(vector.layer_activations.values()))
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    "Layer numbers as a person writes them: 0–3, 7."
-    parts: list[list[int]] = []
-    for n in sorted(numbers):
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts) or "no layers"
-
-
 def _description(vector: SteeringVector) -> str:
     "One line: which layers, how wide, how long, what kind."
     have = vector.layer_activations
     if not have:
         return "SteeringVector(no layers)"
     norms = _norms(vector)
-    first = next(iter(have.values()))
+    width = len(next(iter(have.values())))
     word = "layer" if len(have) == 1 else "layers"
-    dtype = str(first.dtype).removeprefix("torch.")
+    dtype = " and ".join(dict.fromkeys(str(v.dtype).removeprefix("torch.") for v in have.values()))
     whose = f", of {vector.provenance.model_id}" if vector.provenance.model_id else ""
-    return f"SteeringVector({word} {_ranges(list(have))} of type {vector.layer_type}, width {len(first)}, norm {_span(list(norms.values()))}, {dtype}{whose})"
+    return f"SteeringVector({word} {_spans(have)} of type {vector.layer_type}, width {width}, norm {_span(list(norms.values()))}, {dtype}{whose})"
 
 
 def _norms(vector: SteeringVector) -> dict[int, float]:
@@ -342,7 +339,7 @@ def _row(layer: int, length: float, activation: float | None) -> str:
     rest = f"{activation:.4g} | {length / activation:.3f}" if activation else " | "
     return f"| {layer} | {length:.4g} | {rest} |"
 
-# %% ../nbs/reference/vector.ipynb #16866713
+# %% ../nbs/reference/vector.ipynb #dcccb700
 def _sum(a: SteeringVector, b: SteeringVector, sign: int) -> SteeringVector:
     "`a + sign * b`, over the layers of both."
     _check_alike(a, b)
@@ -370,7 +367,7 @@ def _check_alike(a: SteeringVector, b: SteeringVector) -> None:
 
 def _common(a: Provenance, b: Provenance) -> Provenance:
     "What holds of both."
-    same = {k: x for k, x in vars(a).items() if x == getattr(b, k)}
+    same = {k: x for k, x in vars(a).items() if x == getattr(b, k) and k != "suggested_multiplier"}
     if a.model_id == b.model_id and (a.activation_norms or b.activation_norms):
         same["activation_norms"] = {**(b.activation_norms or {}), **(a.activation_norms or {})}
     return Provenance(**same)
@@ -394,15 +391,14 @@ def _scaled(vector: SteeringVector, number: float, divide: bool = False) -> Stee
         story = replace(story, suggested_multiplier=hint * x if divide else hint / x if x else None)
     return replace(vector, layer_activations=scaled, provenance=story)
 
-# %% ../nbs/reference/vector.ipynb #7e93cdb0
+# %% ../nbs/reference/vector.ipynb #a41b6d98
 def _cosines(a: SteeringVector, b: SteeringVector) -> dict[int, float]:
     "The cosine of the angle between two vectors, by layer."
     _check_alike(a, b)
     both = [n for n in a.layer_activations if n in b.layer_activations]
     if not both:
-        raise ValueError(
-            f"The vectors have no layer in common: {_ranges(list(a.layer_activations))} and {_ranges(list(b.layer_activations))}."
-        )
+        mine, theirs = (_spans(v.layer_activations) or "no layers" for v in (a, b))
+        raise ValueError(f"The vectors have no layer in common: {mine} and {theirs}.")
     return {n: float(_unit(a.layer_activations[n]).cpu() @ _unit(b.layer_activations[n]).cpu()) for n in both}
 
 

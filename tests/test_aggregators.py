@@ -52,11 +52,24 @@ def test_dtypes(make: object, dtype: torch.dtype) -> None:
     assert torch.allclose(found.float(), exact, atol=1e-3 if dtype.itemsize >= 4 else 2e-2)
 
 
-def test_tiny_and_huge_differences_keep_their_direction() -> None:
-    pos, neg = crowds(6, 10, seed=3)
-    for scale in (1e-20, 1e15):
-        found = pca_aggregator()(pos * scale, neg * scale)
-        assert torch.isfinite(found).all() and float(found @ pca_aggregator()(pos, neg)) > 0.999
+@pytest.mark.parametrize("n", [6, 100])  # fewer pairs than they are wide, and more: each has its own matrix
+@pytest.mark.parametrize("scale", [1e-35, 1e-25, 1e-20, 1e15, 1e20, 1e35])
+def test_tiny_and_huge_differences_keep_their_direction(n: int, scale: float) -> None:
+    pos, neg = crowds(n, 16, seed=3)
+    found = pca_aggregator()(pos * scale, neg * scale)
+    assert found.dtype == torch.float32 and float(found @ pca_aggregator()(pos, neg)) > 0.999
+
+
+def test_pairs_of_very_different_sizes_in_pieces() -> None:
+    pos, neg = crowds(100, 16, seed=3)
+    sizes = torch.logspace(-20, 15, 100)[:, None]
+    pca = pca_aggregator()
+    assert isinstance(pca, AccumulatingAggregator)
+    state = pca.start()
+    for i in range(0, 100, 20):
+        state = pca.add(state, (pos * sizes)[i : i + 20], (neg * sizes)[i : i + 20])
+    assert float(pca.finish(state) @ pca(pos * sizes, neg * sizes)) > 0.999
+    assert state.moment.dtype == torch.float64 and state.deltas == [] and state.dtype == torch.float32
 
 
 def test_counts() -> None:

@@ -105,6 +105,32 @@ def test_types_meet_in_the_wider_one():
     assert (2 * vector(0, dtype=torch.float16)).layer_activations[0].dtype == torch.float16
 
 
+def test_the_display_names_every_dtype():
+    mixed = vector(0) + vector(1, (2,), torch.bfloat16) + vector(2, (3,))
+    assert repr(mixed).endswith("float32 and bfloat16)")
+    assert repr(vector(0, dtype=torch.float16)).endswith(", float16)")
+
+
+@pytest.mark.parametrize("one", [1, np.int64(1), np.array(1), torch.tensor(1), torch.tensor([1])])
+def test_any_whole_number_is_a_layer(one):
+    v = vector(0)
+    assert v[one] == v[1] and list(v[one].at(one).layer_activations) == [1]
+
+
+@pytest.mark.parametrize("several", [[1, 0], (1, 0), np.array([1, 0]), torch.tensor([1, 0]), range(1, -1, -1)])
+def test_any_row_of_whole_numbers_is_layers(several):
+    v = vector(0)
+    assert list(v[several].layer_activations) == list(v[1].at(several).layer_activations) == [1, 0]
+
+
+@pytest.mark.parametrize("thing", ["1", 1.0, None, [1.5], np.array(1.5), torch.tensor(1.5)])
+def test_nothing_else_is_a_layer(thing):
+    with pytest.raises(TypeError, match="A vector is indexed by layers"):
+        vector(0)[thing]
+    with pytest.raises(TypeError):
+        vector(0)[1].at(thing)
+
+
 def test_lengths_and_angles_survive_float16():
     v = SteeringVector({0: torch.full((64,), 60000.0, dtype=torch.float16)})
     assert "norm 4.8e+05" in repr(v)
@@ -128,6 +154,7 @@ def test_a_sum_claims_only_what_holds_of_both():
     assert (a + b).provenance == Provenance(model_id="m", aggregator="mean", activation_norms={0: 1.0, 1: 2.0})
     assert (a + vector(1, model_id="n", activation_norms={1: 2.0})).provenance == Provenance()
     assert (4 * a).provenance.suggested_multiplier == 0.5 and (a / 4).provenance.suggested_multiplier == 8
+    assert (a + a).provenance.suggested_multiplier is None and (a - a).provenance.suggested_multiplier is None
     assert (0 * a).provenance.suggested_multiplier is None and a.normalize().provenance.suggested_multiplier is None
 
 

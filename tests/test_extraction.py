@@ -1,12 +1,15 @@
 """Extraction against texts run one at a time by hand: families, layer types, positions, dtypes, settings, and what goes wrong."""
 
+import concurrent.futures
 import contextlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import Tensor, nn
@@ -425,3 +428,80 @@ def test_eager_attention_and_a_bare_module() -> None:
     a, _ = extract_activations(plain, tiny_tokenizer(), PAIRS, layer_config=names)
     b, _ = extract_activations(tiny_model("llama"), tiny_tokenizer(), PAIRS)
     assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in b)
+
+
+# --- memory that runs out, tables that end, other threads
+
+
+@pytest.mark.parametrize("pair", [("abcdefgh", "abcd"), ("abcdefgh", "abcdxyz")], ids=["a beginning", "a branch"])
+def test_rows_that_never_fit_give_way_to_texts_that_do(pair: tuple[str, str]) -> None:
+    def no_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        mask = next(iter(mask.values())) if isinstance(mask, dict) else mask
+        if mask is not None and mask.ndim == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    wanted = train_steering_vector(model, tokenizer, [pair], layers=[1]).layer_activations[1]
+    handle = model.model.register_forward_pre_hook(no_rows, with_kwargs=True)
+    got = train_steering_vector(model, tokenizer, [pair], layers=[1]).layer_activations[1]
+    handle.remove()
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_what_was_found_at_one_place_holds_at_another() -> None:
+    "BART's decoder is not told positions: a tree without branches would not show it."
+    for kind in ("bart", "mpt", "rwkv", "moshi"):
+        with families.quiet():
+            model: Any = families.build(kind).to(torch.float32)
+            extract_activations(model, tiny_tokenizer(), PAIRS, read_token_index=10)
+            check(model, PAIRS, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "big_bird"])
+@pytest.mark.parametrize("budget", [None, 4096])
+def test_rows_end_where_the_models_tables_end(kind: str, budget: int | None) -> None:
+    pairs = [(f"{HEAD}{n:03d} yes indeed", f"{HEAD}{n:03d} no, never") for n in range(40)]
+    with families.quiet():
+        model: Any = families.build(kind).to(torch.float32)
+        check(model, pairs, tolerance=2e-5, token_budget=budget)
+
+
+def test_a_budget_for_every_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    "On a GPU it depends on sizes, which some configs give for each layer, or not at all."
+    monkeypatch.setattr(extraction, "input_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 8 << 30))
+    for name in sorted(families.CAUSAL):
+        if name not in families.CANNOT:
+            with families.quiet():
+                assert 512 <= extraction.token_budget_of(families.build(name)) <= 8192
+
+
+def test_in_half_precision_no_wrong_way_is_taken() -> None:
+    "Blenderbot's decoder numbers columns, not positions, and in bfloat16 that is small."
+    for dtype in (torch.bfloat16, torch.float16):
+        with families.quiet():
+            model: Any = families.build("blenderbot-small").to(dtype)
+            extract_activations(model, tiny_tokenizer(), PAIRS)
+        assert list(extraction._verdicts[model].values())[-1].way.kind == "padded"
+
+
+def test_another_thread_generates_meanwhile() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    ids = tokenizer("hello world", return_tensors="pt").input_ids
+    wanted, alone = train_steering_vector(model, tokenizer, PAIRS), model.generate(ids, max_new_tokens=20)
+    texts: list[Tensor] = []
+    stop = threading.Event()
+
+    def generate() -> None:
+        while not stop.is_set():
+            texts.append(model.generate(ids, max_new_tokens=20))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(generate)
+        vectors = [train_steering_vector(model, tokenizer, PAIRS) for _ in range(10)]
+        stop.set()
+        other.result()
+    assert texts and all(torch.equal(text, alone) for text in texts)
+    for v in vectors:
+        assert all(torch.allclose(v.layer_activations[n], x, atol=1e-5) for n, x in wanted.layer_activations.items())

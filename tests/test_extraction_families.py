@@ -34,7 +34,9 @@ def test_family(name: str) -> None:
         pytest.skip(CANNOT[name])
     with quiet():
         model: Any = families.build(name).to(torch.float32)
-        extract_activations(model, tiny_tokenizer(), PAIRS, read_token_index=5)  # what is found here must hold at the end
+        extract_activations(
+            model, tiny_tokenizer(), PAIRS, read_token_index=5
+        )  # what is found here must hold at the end
         found = extract_activations(model, tiny_tokenizer(), PAIRS)
         names = dict(resolve_layers(model, "decoder_block"))
         wanted = [plain(model, names, [pair[side] for pair in PAIRS]) for side in (0, 1)]
