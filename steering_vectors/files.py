@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .layers import LayerType, check_layer_type
 
-# %% ../nbs/reference/files.ipynb #39905d5e
+# %% ../nbs/reference/files.ipynb #f366f945
 @dataclass(frozen=True)
 class Provenance:
     "What is known about where a vector comes from; every field may be missing."
@@ -37,7 +37,7 @@ class Provenance:
     model_id: str | None = None  # the model's name on the Hub, or its folder
     revision: str | None = None  # the commit of the model
     model_type: str | None = None  # the model's family, as its config names it: "llama", "gpt2"
-    hidden_size: int | None = None  # the model's width, which is the length of every tensor
+    hidden_size: int | None = None  # the length of every tensor: the model's width, or all its streams side by side
     num_layers: int | None = None  # how many blocks the model has
     aggregator: str | None = None  # how the activations of all pairs became one vector
     read_position: str | None = None  # which token was read
@@ -217,7 +217,7 @@ def checksum(
         digest.update(v.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/reference/files.ipynb #6d3e2a15
+# %% ../nbs/reference/files.ipynb #58ced10f
 def write_atomically(
     path: str | os.PathLike[str],  # where to
     data: bytes,  # the whole file
@@ -226,7 +226,7 @@ def write_atomically(
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
-    new = path.with_name(f".{path.name[:100]}.{uuid4().hex}")
+    new = path.with_name(f".{uuid4().hex}")  # and nothing of the name, which may be as long as names can be
     try:
         with open(new, "xb") as f:
             f.write(data)

@@ -202,7 +202,7 @@ class SteeringPatchHandle(Attachment, ContextDecorator):
         self.attached = True
 
     def _remove(self) -> None:
-        for part in self.parts:
+        for part in reversed(self.parts):  # edits first: they ask the tracker
             part.remove()
         self.attached, self.depth = False, 0
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Accumulated', 'Measured', 'median_norms', 'directions', 'provenance', 'train_steering_vector']
 
-# %% ../nbs/reference/training.ipynb #1b41caa9
+# %% ../nbs/reference/training.ipynb #792f36f2
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -23,7 +23,7 @@ from steering_vectors.aggregators import (
 )
 from .extraction import Collected, Request, Sink, input_device, read_pairs, text_config
 from .files import Provenance
-from .layers import LayerType, ModelLayerConfig, unwrap
+from .layers import LayerType, ModelLayerConfig, _spans, unwrap
 from .ranks import ranks
 from .samples import ReadTokenIndex, TrainingSample, Truncation
 from .tokens import Tokens
@@ -100,7 +100,7 @@ def median_norms(
             joined.setdefault(layer, []).extend(h)
     return {layer: float(torch.cat(h).median()) for layer, h in sorted(joined.items())}
 
-# %% ../nbs/reference/training.ipynb #0588acb4
+# %% ../nbs/reference/training.ipynb #164697ea
 def directions(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -126,21 +126,32 @@ def directions(
         parts = [states for states, _, _ in everyone]
         merged = {n: reduce(aggregator.merge, [states[n] for states in parts if n in states]) for n in norms}
         found = {n: aggregator.finish(state).to(home[n]) for n, state in merged.items()}
-        return found, norms, everyone[0][2]
+        return _not_all_zero(found), norms, everyone[0][2]
     windows = [window for windows in zip(*(w for w, _, _ in everyone), strict=True) for window in windows if window]
     pos, neg = Collected(windows=windows).sides()
     found = {}
     for n in norms:  # one layer at a time is on the device
         found |= aggregate_activations({n: pos.pop(n).to(home[n])}, {n: neg.pop(n).to(home[n])}, aggregator)
-    return found, norms, everyone[0][2]
+    return _not_all_zero(found), norms, everyone[0][2]
 
-# %% ../nbs/reference/training.ipynb #efdbbc00
+
+def _not_all_zero(found: dict[int, Tensor]) -> dict[int, Tensor]:
+    "Refuse directions none of which is one."
+    if found and not any(bool(v.any()) for v in found.values()):
+        raise ValueError(
+            f"Layer{'s' * (len(found) > 1)} {_spans(found)}: both sides read the same, so there is no direction. Is the "
+            "difference after the token that is read?"
+        )
+    return found
+
+# %% ../nbs/reference/training.ipynb #64ed653b
 def provenance(
     model: nn.Module,
     request: Request,
     aggregator: Aggregator,
     norms: dict[int, float],  # layer -> median length of activations
     num_pairs: int,
+    width: int | None = None,  # of the directions; None: as the model's config has it
 ) -> Provenance:
     "What is known about a vector at the moment it is made."
     from steering_vectors import __version__
@@ -151,7 +162,7 @@ def provenance(
         model_id=getattr(config, "_name_or_path", None) or None,
         revision=getattr(config, "_commit_hash", None),
         model_type=getattr(config, "model_type", None),
-        hidden_size=getattr(text, "hidden_size", None),
+        hidden_size=width or getattr(text, "hidden_size", None),
         num_layers=getattr(text, "num_hidden_layers", None),
         aggregator=repr(aggregator) if isinstance(aggregator, AccumulatingAggregator) else _name(aggregator),
         read_position=_name(where) if callable(where) else str(where),
@@ -164,7 +175,7 @@ def provenance(
 def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
-# %% ../nbs/reference/training.ipynb #5e4592d7
+# %% ../nbs/reference/training.ipynb #e3d748d1
 def train_steering_vector(
     model: nn.Module,  # any causal language model
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer; not changed
@@ -196,4 +207,5 @@ def train_steering_vector(
         truncation,
     )
     found, norms, num_pairs = directions(model, tokenizer, training_samples, request, aggregator, move_to_cpu)
-    return SteeringVector(found, layer_type, provenance(model, request, aggregator, norms, num_pairs))
+    width = next((len(direction) for direction in found.values()), None)
+    return SteeringVector(found, layer_type, provenance(model, request, aggregator, norms, num_pairs, width))

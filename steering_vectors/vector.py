@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SteeringVector']
 
-# %% ../nbs/reference/vector.ipynb #962aec07
+# %% ../nbs/reference/vector.ipynb #55e23726
 import math
 import operator
 import os
@@ -27,7 +27,7 @@ from .tokens import Tokens, as_selection
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# %% ../nbs/reference/vector.ipynb #c5616dd2
+# %% ../nbs/reference/vector.ipynb #7f75a765
 @dataclass(eq=False)
 class SteeringVector:
     "Directions for the layers of a model, and the ways to use them."
@@ -216,7 +216,7 @@ class SteeringVector:
     def _repr_markdown_(self) -> str:
         return _table(self)
 
-# %% ../nbs/reference/vector.ipynb #b39e2f2b
+# %% ../nbs/reference/vector.ipynb #fbcfcc0d
 def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
     "Layer numbers to (d,) tensors of floating-point numbers, or an error that says which is not."
     if not isinstance(activations, Mapping):
@@ -276,10 +276,10 @@ def _chosen(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list
 def _one_or_more(layers: Any) -> list[Any]:
     "A number of Python, numpy or torch as a list of one, and several as they come."
     try:
-        operator.index(layers)
+        number = operator.index(layers)
     except TypeError:
         return list(layers)
-    return [layers]
+    return [layers if isinstance(layers, bool) else number]  # True is refused as the number of a layer
 
 
 def _only(vector: SteeringVector) -> Tensor:
@@ -339,7 +339,7 @@ def _row(layer: int, length: float, activation: float | None) -> str:
     rest = f"{activation:.4g} | {length / activation:.3f}" if activation else " | "
     return f"| {layer} | {length:.4g} | {rest} |"
 
-# %% ../nbs/reference/vector.ipynb #dcccb700
+# %% ../nbs/reference/vector.ipynb #8926dc4e
 def _sum(a: SteeringVector, b: SteeringVector, sign: int) -> SteeringVector:
     "`a + sign * b`, over the layers of both."
     _check_alike(a, b)
@@ -391,7 +391,7 @@ def _scaled(vector: SteeringVector, number: float, divide: bool = False) -> Stee
         story = replace(story, suggested_multiplier=hint * x if divide else hint / x if x else None)
     return replace(vector, layer_activations=scaled, provenance=story)
 
-# %% ../nbs/reference/vector.ipynb #a41b6d98
+# %% ../nbs/reference/vector.ipynb #207d9f2d
 def _cosines(a: SteeringVector, b: SteeringVector) -> dict[int, float]:
     "The cosine of the angle between two vectors, by layer."
     _check_alike(a, b)

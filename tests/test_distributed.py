@@ -113,3 +113,9 @@ def test_one_process_asks_nobody() -> None:
     assert not torch.distributed.is_initialized()
     train_steering_vector(tiny_model("llama"), tiny_tokenizer(), [("a", "b")])
     assert not torch.distributed.is_initialized()
+
+
+def test_ranks_with_samples_of_their_own_are_found_out(tmp_path: Path) -> None:
+    "Each rank was given its half already, as a distributed sampler would do."
+    done = run(tmp_path, "torchrun", broken='import os; pairs = pairs[int(os.environ["RANK"]) :: 2]')
+    assert done.returncode and "was given other samples than rank" in done.stderr

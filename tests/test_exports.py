@@ -82,6 +82,25 @@ def test_a_refused_export_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("multiplier, error, words", [
+    (float("nan"), ValueError, "must be finite"),
+    (float("inf"), ValueError, "must be finite"),
+    ([1.0, 2.0], ValueError, "one multiplier for every row"),
+    (True, TypeError, "must be a number"),
+    ("2", TypeError, "must be a number"),
+])  # fmt: skip
+def test_a_multiplier_is_checked_as_apply_checks_it(tmp_path, multiplier, error, words):
+    vector, model = {1: torch.ones(32)}, tiny_model()
+    for export in (
+        lambda: write_gguf(tmp_path / "v.gguf", vector, "decoder_block", Provenance(), multiplier),
+        lambda: vllm_lens_payload(vector, "decoder_block", multiplier),
+        lambda: write_lm_eval(tmp_path / "v.pt", vector, "decoder_block", model, multiplier),
+    ):
+        with pytest.raises(error, match=words):
+            export()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_everyone_elses_files_are_recognised(tmp_path):
     one, two = np.ones(8, dtype=np.float32), np.full(8, 2, dtype=np.float32)
     hint = {"controlvector__model_hint": "qwen2", "controlvector__layer_count": 2}

@@ -6,6 +6,7 @@ import pickle
 import random
 import struct
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save
 
-from steering_vectors import files
+from steering_vectors import SteeringVector, files, train_steering_vector
+from steering_vectors.demo import tiny_tokenizer
 from steering_vectors.files import Provenance, VectorFile, VectorFolder, load_file, save_file
 
 STORY = Provenance(
@@ -317,6 +319,25 @@ def test_thousands_of_altered_headers_are_refused_or_obey_the_rules(tmp_path):
             assert same(load_file(path), VectorFile(vector, layer_type, story))
             outcomes[1] += 1
     assert min(outcomes) > 200
+
+
+@pytest.mark.parametrize("name", ["向" * 80 + ".st", "v" * 255])  # as long as a file system allows
+def test_a_long_name_is_written(tmp_path, name):
+    save_file(tmp_path / name, layers(), "decoder_block", STORY)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and load_file(tmp_path / name).provenance == STORY
+
+
+@pytest.mark.parametrize("family", ["qwen4_exp", "qwen4_exp_text", "llama"])
+@pytest.mark.parametrize("layer_type", ["decoder_block", "mlp"])
+def test_a_trained_vector_is_as_wide_as_its_story_says(tmp_path, family, layer_type):
+    with families.quiet():  # the first two return several streams side by side
+        model = families.build(family).to(torch.float32)
+        v = train_steering_vector(model, tiny_tokenizer(), [("I am glad", "I am sad")], layer_type=layer_type)
+    v.save(tmp_path / "v.safetensors")
+    back = SteeringVector.load(tmp_path / "v.safetensors")
+    assert back == v and back.provenance == v.provenance
+    assert {len(x) for x in v.layer_activations.values()} == {v.provenance.hidden_size}
+    back.apply(model)
 
 
 def test_the_mixin_writes_and_reads_a_folder(tmp_path):

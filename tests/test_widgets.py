@@ -138,6 +138,66 @@ def test_results_are_kept():
     assert control.output == "2" and calls == [1, 2]
 
 
+def masks(kind):
+    import torch
+
+    rows = [torch.zeros(2000, dtype=torch.int64), torch.zeros(2000, dtype=torch.int64)]
+    rows[1][500:1500] = 1
+    return [row.numpy() for row in rows] if kind == "numpy" else rows
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("axis", [lambda a, b: [a, b], lambda a, b: Fixed(a, (a, b)), lambda a, b: Fixed(a, (a,))])
+def test_long_masks_are_told_apart(kind, axis):
+    none, half = masks(kind)
+    calls = []
+    control = Control(lambda tokens: calls.append(1) or f"{int(tokens.sum())} tokens", tokens=axis(none, half))
+    assert control.output == "0 tokens" and ">0 tokens<" in control.to_html()
+    control.tokens = half
+    assert control.output == "1000 tokens" and ">1000 tokens<" in control.html and control.tokens is half
+    control.tokens = none
+    assert control.output == "0 tokens" and "opacity:1" in control.html and len(calls) == 2
+
+
+def test_an_axis_of_masks_starts_where_it_is_told():
+    none, half = masks("torch")
+    control = Control(lambda tokens: str(int(tokens.sum())), tokens=[none, half], start={"tokens": half})
+    assert control.output == "1000"
+    with pytest.raises(ValueError, match="cannot start at"):
+        Control(lambda tokens: "", tokens=[none], start={"tokens": half})
+    with pytest.raises(ValueError, match="cannot start at"):
+        Control(lambda tokens: "", tokens=Fixed("none of them", ("a", "b")))
+
+
+def test_explore_takes_a_mask():
+    import torch
+
+    from steering_vectors import SteeringVector, sweep
+    from steering_vectors.demo import tiny_model, tiny_tokenizer
+    from steering_vectors.effects import prompt_ids
+    from steering_vectors.widgets import explore
+
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    v = SteeringVector({1: 3 * torch.ones(32)})
+    mask = torch.zeros_like(prompt_ids(tokenizer, "Hi"))
+    mask[:, 3:6] = 1
+    control = explore(model, tokenizer, v, "Hi", multipliers=[0, 1], max_new_tokens=4, tokens=mask)
+    assert control.output.text == sweep(model, tokenizer, v, "Hi", [1], [1], 4, tokens=mask)[1, 1]
+    assert [i for i, x in enumerate(control.output.marked.values) if x] == [3, 4, 5]
+    control.tokens = 1 - mask
+    assert control.output.text == sweep(model, tokenizer, v, "Hi", [1], [1], 4, tokens=1 - mask)[1, 1]
+    assert control.output.marked.values[3:6] == (0, 0, 0) and "error" not in control.html
+
+
+def test_an_axis_cannot_take_the_name_of_what_a_control_has():
+    have = Control(lambda n: str(n), n=[1])
+    names = {name for name in {*dir(Control), *vars(have)} if not name.startswith("_")}
+    assert {"values", "output", "html", "start", "delay", "view"} <= names | {"delay"}
+    for name in sorted(names | {"delay", "_last"} - {"view"}):  # Python itself has no room for a second `view`
+        with pytest.raises(ValueError, match=f"No axis can be called '{name}'.*to_html, values"):
+            Control(lambda **values: "", **{name: [1, 2]})
+
+
 def test_live_and_page_come_from_one_display():
     bundle = Control(said, layer=[1, 2], multiplier=[0.0])._repr_mimebundle_()
     assert {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"} <= set(bundle)
