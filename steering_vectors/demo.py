@@ -407,7 +407,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--multipliers", type=float, nargs="+", default=[-3, -2, -1, 0, 1, 2, 3], help="default: -3 to 3")
     add("--max-new-tokens", type=int, default=40, help="how long an answer may be (default: %(default)s)")
     add("--seed", type=int, help="draw the answers with this seed (default: always the likeliest token)")
-    add("--model", help="a model's name on the Hub, or its folder (default: the small one that comes with the demo)")
+    add("--model", help="a model's name on the Hub, or its folder (default: a small one, fetched the first time)")
     return parser
 
 # %% ../nbs/reference/demo.ipynb #b2323b68

@@ -105,13 +105,20 @@ class Fixed:
     value: Any  # the value a page without a kernel shows
     choices: tuple[Any, ...] = ()  # what a live control offers
 
-# %% ../nbs/reference/widgets.ipynb #65697130
+# %% ../nbs/reference/widgets.ipynb #c5afe468
+def _is_array(value: Any) -> bool:
+    "Whether a value is a tensor or an array, of which neither `==` nor `repr` says what it is."
+    return bool(getattr(value, "ndim", 0)) and hasattr(value, "tolist")
+
+
 def _label(value: Any) -> str:
     "How a value is written beside its slider."
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
         return f"{value:g}"
+    if _is_array(value):
+        return _label(value.tolist())
     if isinstance(value, (tuple, list, range)):
         return ", ".join(map(_label, value))
     return str(value)
@@ -135,6 +142,26 @@ def _words(values: Sequence[Any]) -> bool:
     "Whether an axis is a choice between words rather than along numbers."
     return all(isinstance(v, (str, bool)) for v in values)
 
+# %% ../nbs/reference/widgets.ipynb #1e0d9d1e
+def _key(value: Any) -> str:
+    "A value as text that no other value has."
+    if _is_array(value):
+        return f"{type(value).__name__}({value.dtype}, {value.tolist()})"
+    if isinstance(value, Mapping):
+        return _key(list(value.items()))
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(_key, value))})"
+    return repr(value)
+
+
+def _place(values: Sequence[Any], value: Any) -> int:
+    "Where `value` stands among `values`; -1 if it does not."
+    for i, v in enumerate(values):
+        same = _key(v) == _key(value) if _is_array(v) or _is_array(value) else v == value
+        if same:
+            return i
+    return -1
+
 # %% ../nbs/reference/widgets.ipynb #7dbd448a
 def _start(axis: Any) -> Any:
     "Where an axis stands before anyone has moved it."
@@ -143,22 +170,23 @@ def _start(axis: Any) -> Any:
     values = _values(axis)
     return 0.0 if isinstance(axis, Span) and 0 in values else values[0]
 
-# %% ../nbs/reference/widgets.ipynb #d9af7c40
+# %% ../nbs/reference/widgets.ipynb #b502350e
 def _live_picker(name: str, axis: Any, start: Any) -> Any:
     "What stands for an axis while a kernel runs."
     wide = W.Layout(width="100%", max_width="32em")
-    shared = {"description": name, "value": start, "layout": wide}
+    shared = {"description": name, "layout": wide}
     if isinstance(axis, Span):
-        return W.FloatSlider(min=axis.low, max=axis.high, step=axis.step, readout_format="+.2g", **shared)
+        return W.FloatSlider(value=start, min=axis.low, max=axis.high, step=axis.step, readout_format="+.2g", **shared)
     if isinstance(axis, Fixed) and not axis.choices:
-        return W.Textarea(continuous_update=False, rows=2, **shared)
+        return W.Textarea(value=start, continuous_update=False, rows=2, **shared)
     values = axis.choices if isinstance(axis, Fixed) else list(axis)
     options = list(zip(_labels(values), values, strict=True))
+    shared |= {"options": options, "index": _place(values, start), "equals": lambda a, b: _place([a], b) == 0}
     if isinstance(axis, Fixed):
-        return W.Dropdown(options=options, **shared)
+        return W.Dropdown(**shared)
     if _words(values):
-        return W.ToggleButtons(options=options, style={"button_width": "auto"}, **shared)
-    return W.SelectionSlider(options=options, **shared)
+        return W.ToggleButtons(style={"button_width": "auto"}, **shared)
+    return W.SelectionSlider(**shared)
 
 # %% ../nbs/reference/widgets.ipynb #2a747901
 class _Models:
@@ -278,24 +306,26 @@ class _Later:
             self.timer.cancel()
         self.timer = self.loop.call_later(self.delay, self.action)
 
-# %% ../nbs/reference/widgets.ipynb #44fc3d99
+# %% ../nbs/reference/widgets.ipynb #91763ef4
 def _offer(picker: Any, values: Sequence[Any]) -> None:
     "Add choices that a picker does not have yet, and leave it where it stands."
-    here, have = picker.value, [v for _, v in picker.options]
-    if new := [(_label(v), v) for v in values if v not in have]:
+    here, have = picker.index, [v for _, v in picker.options]
+    if new := [(_label(v), v) for v in values if _place(have, v) < 0]:
         picker.options = (*picker.options, *new)  # which moves it to the first
-        picker.value = here
+        picker.index = here
 
 
 def _move(picker: Any, value: Any) -> None:
     "Set the value of a picker, making room for it where needed."
     if hasattr(picker, "options"):
         _offer(picker, [value])
-    elif hasattr(picker, "max"):
+        picker.index = _place([v for _, v in picker.options], value)
+        return
+    if hasattr(picker, "max"):
         picker.min, picker.max = min(picker.min, value), max(picker.max, value)
     picker.value = value
 
-# %% ../nbs/reference/widgets.ipynb #9d5502e5
+# %% ../nbs/reference/widgets.ipynb #f563604d
 def _quoted(label: str) -> str:
     "A label of several words in quotation marks."
     return f"“{label}”" if " " in label else label
@@ -311,27 +341,44 @@ def _described(
 ) -> tuple[dict[str, tuple[list[str], bool, int]], str]:  # what `_page` asks for: axes, caption
     "The axes that move, and a sentence on the grid."
     values = {name: _values(axis) for name, axis in axes.items()}
-    moving = {n: (_labels(v), _words(v), v.index(start[n])) for n, v in values.items() if len(v) > 1}
+    moving = {n: (_labels(v), _words(v), _place(v, start[n])) for n, v in values.items() if len(v) > 1}
     quoted = {n: [_quoted(x) if words else x for x in labels] for n, (labels, words, _) in moving.items()}
     grid = " × ".join(f"{name} {', '.join(labels)}" for name, labels in quoted.items())
     rest = ", ".join(f"{name}: {_quoted(_label(v[0]))}" for name, v in values.items() if name not in moving)
     return moving, f"Computed for {grid}" + (f"; {rest}" if rest else "") + ". Run the notebook for any other."
 
-# %% ../nbs/reference/widgets.ipynb #ab5196ab
+# %% ../nbs/reference/widgets.ipynb #ee7c876f
 def _checked(axes: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
     "Where each axis starts, after a look at whether that is possible."
     if unknown := [name for name in start if name not in axes]:
         raise ValueError(f"No axis is called {unknown[0]!r}: this control has {', '.join(axes)}.")
     for name, axis in axes.items():
-        if not (values := _values(axis)):
+        values = axis.choices if isinstance(axis, Fixed) else _values(axis)
+        if not values and not isinstance(axis, Fixed):
             raise ValueError(f"The axis {name!r} has no values: give it at least one.")
-        if not isinstance(axis, Fixed) and start.get(name, values[0]) not in values:
+        first = start.get(name, _start(axis))
+        if values and _place(values, first) < 0:
             raise ValueError(
-                f"The axis {name!r} cannot start at {start[name]!r}: choose one of {', '.join(_labels(values))}."
+                f"The axis {name!r} cannot start at {first!r}: choose one of {', '.join(_labels(values))}."
             )
     return {name: start.get(name, _start(axis)) for name, axis in axes.items()}
 
-# %% ../nbs/reference/widgets.ipynb #eaeedc7d
+
+_RESERVED = "axes delay html output pickers progress refresh start to_html values view widget".split()
+
+
+def _check_names(axes: Mapping[str, Any], start: Any, delay: Any) -> None:
+    "Refuse an axis that has the name of something the control has itself."
+    taken = [name for name in axes if name in _RESERVED or name.startswith("_")]
+    taken += ["start"] if start is not None and not isinstance(start, Mapping) else []
+    taken += ["delay"] if not isinstance(delay, (int, float)) else []
+    if taken:
+        raise ValueError(
+            f"No axis can be called {taken[0]!r}, which every control has. Choose another name; taken are {', '.join(_RESERVED)} "
+            "and those that begin with an underscore."
+        )
+
+# %% ../nbs/reference/widgets.ipynb #55d2297e
 class Control:
     "A function of a few values, with something to move for each of them."
 
@@ -342,6 +389,7 @@ class Control:
         delay: float = 0.3,  # seconds without a move before the view is called
         **axes: Any,  # name = list of choices, `Span` or `Fixed`
     ) -> None:
+        _check_names(axes, start, delay)
         self.view, self.axes, self.start = view, axes, _checked(axes, start or {})
         self._results: dict[str, tuple[Any, str]] = {}
         self._last = ""
@@ -392,7 +440,7 @@ class Control:
         except Exception as error:  # whatever a view raises, the control lives on
             self._last = _problem(error)
         self._bar.layout.visibility = "hidden"
-        self._box.value = _shown(self._last, stale=values != self.values)
+        self._box.value = _shown(self._last, stale=_key(values) != _key(self.values))
 
     def progress(
         self,
@@ -437,7 +485,7 @@ class Control:
         return f"Control({_told(self.values)})\n{shown}"
 
     def _result(self, values: Mapping[str, Any]) -> tuple[Any, str]:
-        key = repr(values)  # tokens may be a list or a mask, which no dictionary takes
+        key = _key(values)  # tokens may be a list or a mask, which no dictionary takes
         if key not in self._results:
             value = self.view(**values)
             self._results[key] = value, as_html(value)
@@ -529,7 +577,7 @@ def _round_steps(limit: float) -> tuple[float, ...]:
     step = max((s * size for s in (1, 2, 2.5, 5) if 3 * s * size <= limit * 1.001), default=size)
     return tuple(round(i * step, 10) for i in range(-3, 4))
 
-# %% ../nbs/reference/widgets.ipynb #11146153
+# %% ../nbs/reference/widgets.ipynb #b20db038
 class _Answers:
     "The view of `explore`: answers by layer, multiplier, prompt, operator and tokens, computed a row at a time."
 
@@ -544,7 +592,7 @@ class _Answers:
         model, tokenizer, vector = self.subject
         row = self.marks if multiplier in self.marks else (multiplier,)
         how: dict[str, Any] = {**self.how, "operator": self.operators[operator], "tokens": tokens}
-        key = repr((layer, row, prompt, operator, tokens))
+        key = _key((layer, row, prompt, operator, tokens))
         if key not in self.rows:
             multipliers = tuple(dict.fromkeys([0.0, *row]))  # the unsteered text is a row of the batch too
             self.rows[key] = sweep(

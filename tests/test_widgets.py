@@ -181,7 +181,7 @@ def test_explore_takes_a_mask():
     v = SteeringVector({1: 3 * torch.ones(32)})
     mask = torch.zeros_like(prompt_ids(tokenizer, "Hi"))
     mask[:, 3:6] = 1
-    control = explore(model, tokenizer, v, "Hi", multipliers=[0, 1], max_new_tokens=4, tokens=mask)
+    control = explore(model, tokenizer, v, "Hi", None, [0, 1, 2], mask, max_new_tokens=4)  # starts at 1
     assert control.output.text == sweep(model, tokenizer, v, "Hi", [1], [1], 4, tokens=mask)[1, 1]
     assert [i for i, x in enumerate(control.output.marked.values) if x] == [3, 4, 5]
     control.tokens = 1 - mask
@@ -192,8 +192,8 @@ def test_explore_takes_a_mask():
 def test_an_axis_cannot_take_the_name_of_what_a_control_has():
     have = Control(lambda n: str(n), n=[1])
     names = {name for name in {*dir(Control), *vars(have)} if not name.startswith("_")}
-    assert {"values", "output", "html", "start", "delay", "view"} <= names | {"delay"}
-    for name in sorted(names | {"delay", "_last"} - {"view"}):  # Python itself has no room for a second `view`
+    assert {"values", "output", "html", "start", "view"} <= names
+    for name in sorted((names | {"delay", "_last"}) - {"view"}):  # Python itself has no room for a second `view`
         with pytest.raises(ValueError, match=f"No axis can be called '{name}'.*to_html, values"):
             Control(lambda **values: "", **{name: [1, 2]})
 
