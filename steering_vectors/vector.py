@@ -216,7 +216,7 @@ class SteeringVector:
     def _repr_markdown_(self) -> str:
         return _table(self)
 
-# %% ../nbs/reference/vector.ipynb #fbcfcc0d
+# %% ../nbs/reference/vector.ipynb #f580ab1d
 def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
     "Layer numbers to (d,) tensors of floating-point numbers, or an error that says which is not."
     if not isinstance(activations, Mapping):

@@ -39,7 +39,8 @@ def run(code: str, *args: object, peers: Path) -> str:
     "What `code` prints, with `peers` importable and `args` in sys.argv."
     paths = os.pathsep.join([str(peers), str(ROOT)])
     env = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
+    # -P: else the folder one stands in comes first, and where that is this repository, its library is everyone's
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code, *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

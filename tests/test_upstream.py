@@ -12,18 +12,19 @@ from steering_vectors.demo import tiny_model, tiny_tokenizer
 CALLS = """
 from steering_vectors import *
 def calls(model, tokenizer):
-    def at_the_mark(text):
-        return len(tokenizer(text[: text.index("?")])["input_ids"])
+    how = {} if model.config.model_type == "gpt2" else {"batch_size": 4}  # 0.12.2 pads, which moves GPT-2's positions
+    def after_the_mark(text):
+        return len(tokenizer(text[: text.index("?")])["input_ids"]) + 2
     pairs = [(f"Is {a}, then, {b}? {yes}", f"Is {a}, then, {b}? {no}") for a, b in [("tea", "good"), ("x", "y"), ("a cup", "fine")]
              for yes, no in [("Yes", "No"), ("Surely", "Hardly ever"), ("It is", "Not at all")]]
     placed = [SteeringVectorTrainingSample(a, b, 5, -2) for a, b in pairs]
     aggregators = {"mean": mean_aggregator(), "pca": pca_aggregator(), "logistic": logistic_aggregator()}
     found = {name: train_steering_vector(model, tokenizer, pairs, aggregator=a) for name, a in aggregators.items()}
     found["options"] = train_steering_vector(model, tokenizer, pairs, aggregator=logistic_aggregator({"C": 0.1}))
-    found["a number"] = train_steering_vector(model, tokenizer, pairs, read_token_index=4)
-    found["a function"] = train_steering_vector(model, tokenizer, pairs, read_token_index=at_the_mark)
+    found["a number"] = train_steering_vector(model, tokenizer, pairs, read_token_index=16)
+    found["a function"] = train_steering_vector(model, tokenizer, pairs, read_token_index=after_the_mark)
     found["by sample"] = train_steering_vector(model, tokenizer, placed, layers=[-1, 0])
-    found["self_attn"] = train_steering_vector(model, tokenizer, pairs, layer_type="self_attn", batch_size=4)
+    found["self_attn"] = train_steering_vector(model, tokenizer, pairs, layer_type="self_attn", **how)
     found["custom"] = train_steering_vector(model, tokenizer, pairs, aggregator=lambda p, n: (p - n).amax(0))
     return {f"{name} {layer}": v.float() for name, s in found.items() for layer, v in s.layer_activations.items()}
 """
