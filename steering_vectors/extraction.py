@@ -282,9 +282,14 @@ def _parted(model: nn.Module, modules: Mapping[int, nn.Module], ids: list[int]) 
     for at in (len(ids) // 2, 7 * len(ids) // 8):
         relatives = (ids, _branch(ids, at), ids[: (at + len(ids)) // 2 + 1])
         texts = {n: EncodedText(own, [len(own) - 1]) for n, own in enumerate(relatives)}
-        with PassReader(inner, modules) as reader:
-            found = reader.run(continued_pass(inner, texts, at, input_device(inner)))
-        most = max(most, difference(_alone(model, modules, texts), found))
+        plain = _alone(model, modules, texts)
+        try:
+            with PassReader(inner, modules) as reader:
+                found = reader.run(continued_pass(inner, texts, at, input_device(inner)))
+        except Exception as error:  # as in `_apart`: the next way may run
+            logger.info("A cache cannot be continued: %s: %s", type(error).__name__, error)
+            return float("inf")
+        most = max(most, difference(plain, found))
     return most
 
 # %% ../nbs/reference/extraction.ipynb #a9a4d769

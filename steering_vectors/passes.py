@@ -192,10 +192,8 @@ class PassReader:
         return {layer: _pooled(self._taken[layer], now.counts) for layer in sorted(self._taken)}
 
     def _read(self, layer: int, h: Tensor) -> None:
-        if (
-            not self._is_reading() or layer in self._taken
-        ):  # where a block runs several times a pass, its first time counts
-            return
+        if not self._is_reading() or layer in self._taken:
+            return  # where a block runs several times a pass, its first time counts
         self._taken[layer] = self._wanted(h)
         if self.leave and len(self._taken) == len(self.modules):
             raise _EveryLayerRead

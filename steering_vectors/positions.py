@@ -152,9 +152,10 @@ def _tensor(doors: Sequence[Door], name: str, fits: Callable[[Tensor], bool]) ->
 def _start(run: Pass, doors: Sequence[Door]) -> int | Tensor:
     "The column of the first token of this pass."
     said = _tensor(doors, "cache_position", lambda t: t.shape == (run.length,))  # older transformers say it
-    length = cache_length(run.cache) if said is None else int(said[0]) if said.device.type == "cpu" else said[0].clone()
+    length = cache_length(run.cache) if said is None else said[0].clone()
     if isinstance(length, Tensor):
-        return int(length) if run.seen is None or run.length > 1 else length  # read once for each prompt
+        here = length.device.type == "cpu" or run.seen is None or run.length > 1
+        return int(length) if here else length  # read from the device once for each prompt
     if length is not None:
         return length
     if run.seen is not None:

@@ -50,6 +50,7 @@ class Ranks:
         "Do `work` on every rank, and exchange the results."
         if self.world == 1:
             return [work()]
+        logger.info("The samples are shared by %d processes, and each of them must make this call", self.world)
         try:
             mine: _Part = (None, work(), self.given)
         except Exception as error:
@@ -84,9 +85,6 @@ def ranks(
     if not launched or int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized() or _spread(model):
         yield Ranks()
     elif dist.is_initialized():
-        logger.info(
-            "The samples are shared by %d processes, and each of them must make this call", dist.get_world_size()
-        )
         yield Ranks(dist.get_rank(), dist.get_world_size())
     else:
         from torch.distributed.distributed_c10d import PrefixStore

@@ -345,7 +345,7 @@ def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
         raise ValueError(
             f"The vector of layer {n} must be one row of floating-point numbers, shape (d,); it is {what}."
         )
-    if bool(v.isnan().any()):
+    if not v.is_meta and bool(v.isnan().any()):
         raise ValueError(f"The vector of layer {n} holds NaN, which would spread to every token.")
     config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

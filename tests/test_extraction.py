@@ -505,3 +505,17 @@ def test_another_thread_generates_meanwhile() -> None:
     assert texts and all(torch.equal(text, alone) for text in texts)
     for v in vectors:
         assert all(torch.allclose(v.layer_activations[n], x, atol=1e-5) for n, x in wanted.layer_activations.items())
+
+
+def test_a_cache_that_cannot_be_continued_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Also where only the second look at it fails."
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with families.quiet():
+        model: Any = families.build("bloom").to(torch.float32)
+        monkeypatch.setattr(extraction, "continued_pass", fail)
+        monkeypatch.setattr(extraction, "_apart", lambda inner, modules, way, *rest: float(way.kind == "packed"))
+        check(model, PAIRS, tolerance=2e-5)
+    assert list(extraction._verdicts[model].values())[-1].way.kind == "padded"

@@ -18,6 +18,7 @@ from transformers import (
 from steering_vectors import SteeringVector, find_layers
 from steering_vectors.demo import tiny_model
 from steering_vectors.hooks import read_output
+from steering_vectors.positions import Memory, Seen, read_pass
 from steering_vectors.tokens import Tokens
 
 IDS = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -169,3 +170,24 @@ def test_a_model_can_be_copied_while_it_is_steered(model: Any, how: dict[str, An
             other = copy.deepcopy(model)
             assert not torch.equal(model(IDS).logits, plain)
         assert torch.equal(other(IDS).logits, plain) and torch.equal(model(IDS).logits, plain)
+
+
+# --- what the model is told
+
+
+def test_columns_that_the_model_is_told_are_believed() -> None:
+    "Older transformers say where a pass stands, and their static caches count only columns that are not zero."
+    memory, cache = Memory(), DynamicCache()
+    prompt = {"input_ids": IDS, "past_key_values": cache, "cache_position": torch.arange(6)}
+    assert read_pass(prompt, {}, memory).start == 0
+    memory.put(cache, Seen(6, 6, None))
+    step = {"input_ids": IDS[:, :1], "past_key_values": cache}
+    assert read_pass(step | {"cache_position": torch.tensor([6])}, {}, memory).start == 6
+    on_the_device = read_pass(step | {"cache_position": torch.empty(1, device="meta")}, {}, memory).start
+    assert isinstance(on_the_device, Tensor)  # not waited for
+
+
+def test_a_vector_without_numbers_can_be_attached() -> None:
+    model: Any = tiny_model("llama").to("meta")
+    with SteeringVector({1: torch.ones(32, device="meta")}).apply(model):
+        assert model(torch.ones(1, 4, dtype=torch.long, device="meta")).logits.is_meta
