@@ -100,10 +100,10 @@ def _apply(
     tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, **how: Any
 ) -> str | list[int]:  # text from a Jinja template, ids from a format in code
     "What the tokenizer makes of a conversation."
-    args = dict(template or {})
-    jinja = _is_jinja(tokenizer, template)
-    chat: Any = [dict(message) for message in messages]
-    out: Any = tokenizer.apply_chat_template(chat, **({"tokenize": False} if jinja else {}), **how, **args)
+    if _is_jinja(tokenizer, template):
+        how["tokenize"] = False
+    apply: Any = tokenizer.apply_chat_template
+    out = apply([dict(message) for message in messages], **how, **(template or {}))
     if isinstance(out, str):
         return out
     out = out["input_ids"] if isinstance(out, Mapping) else out
