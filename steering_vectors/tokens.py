@@ -284,8 +284,8 @@ class Tokens(_Selection):
 
     def __contains__(self, item: object) -> NoReturn:
         raise TypeError(
-            f"Which tokens {self!r} names depends on the text, so nothing can be looked up in it. To leave out token ids write "
-            f"({self!r}) - [13]; steered_tokens() shows which tokens of a text are meant."
+            f"Which tokens {self!r} names depends on the text, so nothing can be looked up in it. To leave out a token id write "
+            f"{self - [13]!r}; steered_tokens() shows which tokens of a text are meant."
         )
 
     def __iter__(self) -> NoReturn:
@@ -370,19 +370,21 @@ def _token_ids(operand: Any) -> tuple[int, ...]:
     try:
         if isinstance(flat, (str, bytes, Mapping)):
             raise TypeError("It has members, but they are no ids.")
-        ids = {_whole(i) for i in flat} if isinstance(flat, Iterable) else {_whole(flat)}
+        ids = [_whole(i) for i in (flat if isinstance(flat, Iterable) else [flat])]
     except TypeError:
         raise TypeError(
             f"What is left out after - must be Tokens, columns (a slice, a tensor of bools, Tokens.columns[...]), or token ids "
             f"(whole numbers: one, or a list of them), not {operand!r}."
         ) from None
-    if any(not 0 <= i < 2**63 for i in ids):
+    if wrong := [i for i in ids if not 0 <= i < 2**63]:
         raise ValueError(
-            f"{operand!r} after - stands for token ids, and those are 0 or more. For columns write Tokens.columns[...]."
+            f"Numbers after - are token ids, and {wrong[0]} is none. For columns write Tokens.columns[...]."
         )
-    if ids <= {0, 1} and len(ids) < len(flat if isinstance(flat, (list, tuple)) else ids):
-        raise ValueError("Zeros and ones after - are token ids here. For a mask pass bools: mask.bool().")
-    return tuple(sorted(ids))
+    if len(ids) > 2 and set(ids) <= {0, 1}:
+        raise ValueError(
+            "Numbers after - are token ids, and these are only 0 and 1. For a mask pass bools: mask.bool()."
+        )
+    return tuple(sorted(set(ids)))
 
 # %% ../nbs/reference/tokens.ipynb #f8984931
 def as_selection(
@@ -673,13 +675,16 @@ def _answer_part(node: _Part, place: Place) -> Answer:
         return _part_mask(node, place)
 
     start, end = place.start, place.prompt_columns
-    if node.part == "all":
-        return mask if place.real is not None else _answer_slice(start, place.length, *node.slice, mask)
-    if end is None or not isinstance(start, int) or start < end:
-        return mask
+    if node.part != "all" and (end is None or not isinstance(start, int) or start < end):
+        return mask  # some row may still be in its prompt
     if node.part == "prompt":
         return False
-    return _answer_slice(start - end + (node.part == "response"), place.length, *node.slice, mask)
+    alike = 0 if node.part == "all" or end is None else end  # from this column on, rows without padding count alike
+    if place.real is not None:
+        padded = place.real.shape[1]  # no later column is padding
+        if not isinstance(start, int) or padded > (start if node.index is None else alike):
+            return mask
+    return _answer_slice(start - alike + (node.part == "response"), place.length, *node.slice, mask)
 
 
 def _part_mask(node: _Part, place: Place) -> Tensor:
