@@ -46,7 +46,8 @@ def open_torch(
 ) -> Any:  # tensors and plain values
     "The tensors of a PyTorch file; whatever else is pickled in it is refused, not run."
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of PyTorch, about older formats
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         what = re.search(r"(?:GLOBAL|global|class|type) ([\w.]+\.[\w.]+)", str(e))
         held = f"it holds a {what[1]}" if what else "it holds more than tensors and plain values"
@@ -140,11 +141,10 @@ def as_json(
     value: Any,  # from a file
 ) -> Any:  # None: too long, or not of JSON
     "A short value as JSON has it."
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        value = value.tolist()
     try:
+        value = value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
         return value if len(json.dumps(value, allow_nan=False)) <= 2000 else None
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, RuntimeError):
         return None
 
 # %% ../nbs/reference/foreign.ipynb #634d975d
@@ -251,7 +251,7 @@ def rows_of(
 ) -> Tensor:  # (rows, d)
     "A tensor as rows, one direction each."
     rows = tensor.reshape([n for n in tensor.shape[:-1] if n != 1] + [tensor.shape[-1]])
-    if rows.ndim > 2 or (rows.shape[-1] == 1 and rows.numel() > 1):
+    if not rows.numel() or rows.ndim > 2 or (rows.shape[-1] == 1 and rows.numel() > 1):
         where = f"the tensor {name!r}" if name else "its tensor"
         raise ValueError(
             f"{where} has shape {tuple(tensor.shape)}. Wanted is (d,), or (layers, d) with a direction per layer."
@@ -522,7 +522,8 @@ def whole_numbers(
     layers: Any,  # one number or several, of Python, numpy or torch
 ) -> list[int]:
     "Numbers of layers as a list."
-    several = list(layers) if hasattr(layers, "__iter__") and getattr(layers, "ndim", 1) else [layers]
+    one = not hasattr(layers, "__iter__") or getattr(layers, "ndim", None) == 0
+    several = [layers] if one else list(layers)
     try:
         numbers = [operator.index(n) for n in several]
         if not numbers or len({*numbers}) < len(numbers) or any(isinstance(n, bool) for n in several):
