@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .plots import plot_shift as plot_shift
     from .plots import plot_similarity as plot_similarity
     from .plots import plot_tokens as plot_tokens
+    from .prompts import prompt_ids as prompt_ids
     from .recording import record_activations as record_activations
     from .samples import SteeringVectorTrainingSample as SteeringVectorTrainingSample
     from .steering import SteeringPatchHandle as SteeringPatchHandle
@@ -95,6 +96,7 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "projections": "effects",
     "steered_tokens": "effects",
     "multiplier_limit": "effects",
+    "prompt_ids": "prompts",
     "plot_effect": "plots",
     "plot_layers": "plots",
     "plot_shift": "plots",
