@@ -90,7 +90,6 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "train_steering_vector": "training",
     "SteeringVectorTrainingSample": "samples",
     "aggregate_activations": "aggregators",
-    "AccumulatingAggregator": "aggregators",
     "extract_activations": "extraction",
     "ablation_operator": "operators",
     "addition_operator": "operators",

@@ -553,7 +553,7 @@ def test_a_selection_that_meets_no_text_is_refused_whatever_the_batch(tiny):
         with pytest.raises(ValueError, match="names no token of any of these texts"):
             completion_gap(*tiny, contrasts, batch_size=size, tokens=[500])
         some = completion_gap(
-            *tiny, contrasts, [0, 2], size, tokens=Tokens.prompt[20:]
+            *tiny, contrasts, [0, 2], size, tokens=Tokens.prompt[23:]
         )  # only the longer one has these
         assert float(some.values[0, 0]) == pytest.approx(float(some.values[0, 1]), abs=1e-6)
         assert abs(float(some.values[1, 0] - some.values[1, 1])) > 1e-4
