@@ -38,7 +38,7 @@ from steering_vectors.prompts import (
     texts_ids,
 )
 from .recording import record_activations
-from .tokens import Columns, Place, Tokens, as_selection, select
+from .tokens import Place, Tokens, as_selection, select
 from .vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -230,16 +230,16 @@ CPU = torch.device("cpu")
 def one_row(
     tokens: Any,  # an expression of `Tokens`, columns, a slice, or a mask of one row
     min_token_index: int | None = None,  # this column and all later ones
-) -> Any:  # as `apply` takes it
+) -> Any:  # as `apply` takes it; None: every token
     "A selection that means the same for every row."
     selection = as_selection(min_token_index, None, tokens)
-    mask = selection.index if isinstance(selection, Columns) else None
-    if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) > 1:
-        raise ValueError(
-            f"This mask of tokens has {len(mask)} rows, and a measure makes batches of its own. Give a mask of one "
-            "row, or name the tokens of every row at once: Tokens.prompt[-4:], for instance."
-        )
-    return tokens if min_token_index is None else slice(min_token_index, None)
+    for mask in selection.masks if selection is not None else ():
+        if mask.ndim == 2 and len(mask) > 1:
+            raise ValueError(
+                f"This mask of tokens has {len(mask)} rows, and a measure makes batches of its own. Give a mask of one "
+                "row, or name the tokens of every row at once: Tokens.prompt[-4:], for instance."
+            )
+    return selection
 
 
 def chosen_tokens(
@@ -250,7 +250,7 @@ def chosen_tokens(
     "Which tokens of one text are meant, counted in its own prompt."
     row = torch.tensor([list(ids)], dtype=torch.long, device=CPU)
     place = Place(start=0, batch=1, length=row.shape[1], prompt_columns=prompt, ids=row, device=CPU)
-    mask = select(as_selection(None, None, one_row(tokens)), place)
+    mask = select(one_row(tokens), place)
     chosen: Tensor = torch.zeros(row.shape, dtype=torch.bool, device=CPU) | mask
     return chosen[0]
 
@@ -625,7 +625,7 @@ def _masks(tokens: Any, pairs: Sequence[Scored]) -> list[Tensor] | None:  # (s,)
         return None
     masks = [chosen_tokens(tokens, p + c, len(p)) for p, c in pairs]
     if not any(bool(mask.any()) for mask in masks):
-        which = repr(as_selection(None, None, tokens))
+        which = repr(one_row(tokens))
         raise ValueError(f"{which} names no token of any of these texts, so nothing would be steered. Choose others.")
     return masks
 
@@ -976,7 +976,7 @@ def _chosen_of(
 ) -> Tensor:  # (s,) bool
     "Which tokens of one text are looked at."
     prompt = prompt_length(tokenizer, text, ids, *how)
-    selection = as_selection(None, None, tokens)
+    selection = one_row(tokens)
     if prompt is None and selection is not None and selection.needs_prompt:
         raise ValueError(
             f"{name} is words or ids, which do not tell where a reply begins, and {selection!r} needs to know. Give a "
