@@ -642,7 +642,7 @@ class _Answers:
         multiplier = (
             round(multiplier, 10) if mark is None else mark
         )  # a slider adds its steps up, and they are not exact
-        row = self.marks if multiplier in self.marks else (multiplier,)
+        row = self.marks if multiplier in (0.0, *self.marks) else (multiplier,)  # every row has a zero
         how: dict[str, Any] = {**self.how, "operator": self.operators[operator], "tokens": tokens}
         key = _key((layer, row, prompt, operator, tokens))
         if key not in self.rows:
