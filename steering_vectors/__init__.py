@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from .aggregators import logistic_aggregator as logistic_aggregator
     from .aggregators import mean_aggregator as mean_aggregator
     from .aggregators import pca_aggregator as pca_aggregator
+    from .effects import Effect as Effect
+    from .effects import Projections as Projections
+    from .effects import ProjectionSet as ProjectionSet
+    from .effects import Similarity as Similarity
+    from .effects import Sweep as Sweep
+    from .effects import TokenShift as TokenShift
+    from .effects import TokenValues as TokenValues
     from .effects import answer_gap as answer_gap
     from .effects import completion_gap as completion_gap
     from .effects import multiplier_limit as multiplier_limit
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
     from .effects import text_loss as text_loss
     from .extraction import extract_activations as extract_activations
     from .files import Provenance as Provenance
+    from .layers import FoundLayers as FoundLayers
     from .layers import LayerMatcher as LayerMatcher
     from .layers import LayerType as LayerType
     from .layers import ModelLayerConfig as ModelLayerConfig
@@ -60,6 +68,7 @@ if TYPE_CHECKING:
     from .vector import SteeringVector as SteeringVector
     from .widgets import Control as Control
     from .widgets import Fixed as Fixed
+    from .widgets import Html as Html
     from .widgets import Span as Span
     from .widgets import explore as explore
     from .widgets import token_strip as token_strip
@@ -87,6 +96,8 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "ablation_then_addition_operator": "operators",
     "AccumulatingAggregator": "aggregators",
     "find_layers": "layers",
+    "FoundLayers": "layers",
+    "AccumulatingAggregator": "aggregators",
     "Provenance": "files",
     "Tokens": "tokens",
     "sweep": "effects",
@@ -98,6 +109,13 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "projections": "effects",
     "steered_tokens": "effects",
     "multiplier_limit": "effects",
+    "Sweep": "effects",
+    "TokenShift": "effects",
+    "Effect": "effects",
+    "Similarity": "effects",
+    "Projections": "effects",
+    "ProjectionSet": "effects",
+    "TokenValues": "effects",
     "prompt_ids": "prompts",
     "plot_effect": "plots",
     "plot_layers": "plots",
@@ -112,6 +130,7 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "Span": "widgets",
     "explore": "widgets",
     "token_strip": "widgets",
+    "Html": "widgets",
 }
 
 __all__ = list(_home)

@@ -358,31 +358,6 @@ def _norm_table(
     lines += ["   ".join(cells[row::rows]) for row in range(rows)]
     return "\n".join(lines)
 
-# %% ../nbs/reference/demo.ipynb #0d4eb532
-def _answers(
-    model: "PreTrainedModel",  # left as it was
-    tokenizer: "PreTrainedTokenizerBase",  # its chat template is used where it has one
-    vector: "SteeringVector",  # added at all its layers
-    prompt: str,  # the user's message
-    multipliers: Sequence[float],  # one a row
-    max_new_tokens: int = 40,  # the length of an answer
-    seed: int | None = None,  # None takes the likeliest token, a number draws
-) -> list[str]:  # one answer a multiplier
-    "Answer `prompt` once a multiplier, in one batch."
-    chat = [{"role": "user", "content": prompt}]
-    if tokenizer.chat_template:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
-    batch = torch.tensor([ids] * len(multipliers), device=model.device)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": seed is not None}
-    with torch.random.fork_rng(), vector.apply(model, multiplier=list(multipliers)):
-        torch.manual_seed(seed or 0)
-        generate: Any = model.generate
-        out = generate(input_ids=batch, attention_mask=torch.ones_like(batch), **settings)
-    return [str(tokenizer.decode(row[len(ids) :], skip_special_tokens=True)).strip() for row in out]
-
 # %% ../nbs/reference/demo.ipynb #d96b4d1a
 def _side_by_side(
     multipliers: Sequence[float],  # one an answer
@@ -424,17 +399,21 @@ def main(
     arguments: Sequence[str] | None = None,  # the command line's, by default
 ) -> None:
     "Train a vector, print how long it is, and the same question answered at several multipliers."
+    from steering_vectors.effects import sweep
     from steering_vectors.layers import resolve_layer_numbers, resolve_layers
+    from steering_vectors.prompts import has_template
     from steering_vectors.training import train_steering_vector
 
     asked = _parser().parse_args(arguments)
     model, tokenizer = _load(asked.model)
     found = resolve_layers(model, "decoder_block")
     layers = resolve_layer_numbers(asked.layers or [len(found) * 3 // 5], found, "decoder_block")
-    pairs = joy_pairs(tokenizer)
+    pairs: Any = joy_chats() if has_template(tokenizer) else joy_pairs(tokenizer)
     every = train_steering_vector(model, tokenizer, pairs, show_progress=True)
     vector = every[layers]
-    answers = _answers(model, tokenizer, vector, asked.prompt, asked.multipliers, asked.max_new_tokens, asked.seed)
+    drawn: dict[str, Any] = {} if asked.seed is None else {"temperature": 1.0, "seed": asked.seed}
+    texts = sweep(model, tokenizer, vector, asked.prompt, "all", asked.multipliers, asked.max_new_tokens, **drawn)
+    answers = [text.strip() for text in texts.values()]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     name, where = model.config._name_or_path, ", ".join(map(str, layers))
     print(

@@ -8,13 +8,13 @@ __all__ = ['plot_effect', 'plot_layers', 'plot_shift', 'plot_similarity', 'plot_
 
 # %% ../nbs/reference/plots.ipynb #ec5c073d
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 # %% ../nbs/reference/plots.ipynb #24f2f377
-from .effects import Effect, Projections, Similarity, TokenShift, TokenValues
+from .effects import Effect, Projections, ProjectionSet, Similarity, TokenShift, TokenValues, from_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,29 @@ def _sheet(ax: "Axes | None", width: float = 5.0, height: float = 3.0) -> "Axes"
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
+# %% ../nbs/reference/plots.ipynb #4f114732
+def _by_name(
+    data: Any,
+    *kinds: type,  # what may be drawn
+) -> dict[str, Any]:
+    "Results by name, checked; one alone has the name ''."
+    named = {"": data} if isinstance(data, kinds) else data
+    if not isinstance(named, Mapping) or not named or not all(isinstance(one, kinds) for one in named.values()):
+        what = kinds[0].__name__
+        raise TypeError(f"Draw one {what}, or several by name, as in {{'joy': {what.lower()}}}; not {data!r:.60}.")
+    return {str(name): one for name, one in named.items()}
+
+# %% ../nbs/reference/plots.ipynb #265bc4c6
+def _band(
+    ax: "Axes",
+    x: "list[Any]",  # m of them
+    y: Tensor,  # (n, m)
+    colour: str,
+) -> None:
+    "The middle half of some examples."
+    low, high = (y.quantile(q, dim=0) for q in (0.25, 0.75))
+    ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
 # %% ../nbs/reference/plots.ipynb #89830eaf
 def plot_effect(
     effect: Effect | Mapping[str, Effect],  # one, or several by name
@@ -44,16 +67,16 @@ def plot_effect(
     change: bool = False,  # draw the difference to multiplier 0
 ) -> "Axes":
     "Draw the average of a measure against the multiplier, with the middle half of the examples."
+    named = _by_name(effect, Effect)
     ax = _sheet(ax)
-    named = {"": effect} if isinstance(effect, Effect) else effect
     for (name, e), (colour, marker) in zip(named.items(), _SERIES * len(named), strict=False):
-        y = e.values.float()
+        y = e.values.float().cpu()
         if change:
             e[0]  # says which multipliers there are if 0 is not one of them
             y = y - y[:, [e.multipliers.index(0)]]
-        low, high = torch.quantile(y, torch.tensor([0.25, 0.75]), dim=0)
-        ax.fill_between(e.multipliers, low, high, color=colour, alpha=0.18, linewidth=0)
-        ax.plot(e.multipliers, y.mean(0), color=colour, marker=marker, linewidth=2, label=name)
+        x, order = sorted(e.multipliers), sorted(range(len(e)), key=e.multipliers.__getitem__)
+        _band(ax, x, y[:, order], colour)
+        ax.plot(x, y[:, order].mean(0), color=colour, marker=marker, linewidth=2, label=name)
     whats = {e.what for e in named.values()}
     what, first = whats.pop() if len(whats) == 1 else "measure", next(iter(named.values()))
     ax.set_ylabel(f"{'change of ' if change else ''}{what}\n({first.unit})")
@@ -70,14 +93,17 @@ def plot_layers(
     ax: "Axes | None" = None,
 ) -> "Axes":
     "Draw the slope of an effect against the layer it was measured at."
-    ax = _sheet(ax)
-    layers, unit = list(effects), next(iter(effects.values())).unit
-    ax.plot(layers, [e.slope for e in effects.values()], color=BLUE, marker="o", linewidth=2, label="slope")
+    if not isinstance(effects, Mapping) or not effects or not all(isinstance(e, Effect) for e in effects.values()):
+        raise TypeError(f"Draw effects by layer, as in {{12: effect, 18: other}}; not {effects!r:.60}.")
+    layers = sorted(effects)
+    ordered = [effects[n] for n in layers]
+    ax, unit = _sheet(ax), ordered[0].unit
+    ax.plot(layers, [e.slope for e in ordered], color=BLUE, marker="o", linewidth=2, label="slope")
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(xlabel="layer", ylabel=f"slope\n({unit} per multiplier)")
     ax.set_xticks(layers)
     wrong = ax.twinx()
-    wrong.bar(layers, [e.wrong_way for e in effects.values()], width=0.5, color="none", edgecolor=ORANGE, hatch="///")
+    wrong.bar(layers, [e.wrong_way for e in ordered], width=0.5, color="none", edgecolor=ORANGE, hatch="///")
     wrong.set(ylabel="share going the wrong way", ylim=(0, 1))
     wrong.spines["top"].set_visible(False)
     return ax
@@ -89,10 +115,10 @@ def plot_shift(
 ) -> "Axes":
     "Draw the probabilities of the next token, unsteered and steered."
     ax = _sheet(ax, height=0.6 + 0.36 * len(shift.tokens))
-    places = torch.arange(len(shift.tokens)).float()
-    ax.barh(places - 0.2, shift.before, 0.36, color=GREY, label="unsteered")
-    ax.barh(places + 0.2, shift.after, 0.36, color=ORANGE, label="steered")
-    ax.set_yticks(places.tolist(), [repr(t) for t in shift.tokens])
+    places = range(len(shift.tokens))
+    ax.barh([i - 0.2 for i in places], shift.before, 0.36, color=GREY, label="unsteered")
+    ax.barh([i + 0.2 for i in places], shift.after, 0.36, color=ORANGE, label="steered")
+    ax.set_yticks(places, [repr(t) for t in shift.tokens])
     ax.invert_yaxis()
     ax.set_xlabel("probability of the next token")
     ax.legend(frameon=False)
@@ -131,14 +157,19 @@ def plot_tokens(
 
 # %% ../nbs/reference/plots.ipynb #efee1b0f
 def plot_projections(
-    projections: Projections | Mapping[str, Projections],  # one, or several by name
+    projections: Projections
+    | ProjectionSet
+    | Mapping[str, Projections | ProjectionSet],  # of a text or of several texts; one, or several by name
     ax: "Axes | None" = None,
 ) -> "Axes":
-    "Draw the average projection of a text's tokens against the layer."
+    "Draw the average projection of a text's tokens against the layer; of several texts, with their middle half."
+    named = _by_name(projections, Projections, ProjectionSet)
     ax = _sheet(ax)
-    named = {"": projections} if isinstance(projections, Projections) else projections
     for (name, p), (colour, marker) in zip(named.items(), _SERIES * len(named), strict=False):
-        ax.plot(p.layers, p.mean, color=colour, marker=marker, markersize=5, linewidth=2, label=name)
+        means = p.mean if isinstance(p, ProjectionSet) else torch.tensor([p.mean], device="cpu")
+        if len(means) > 1:
+            _band(ax, list(p.layers), means, colour)
+        ax.plot(p.layers, means.mean(0), color=colour, marker=marker, markersize=5, linewidth=2, label=name)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(xlabel="layer", ylabel="mean projection\n(activation units)")
     if len(named) > 1:
@@ -151,7 +182,7 @@ def plot_norms(
     ax: "Axes | None" = None,
 ) -> "Axes":
     "Draw a vector's norm by layer, beside the activations' where they are known."
-    ax = _sheet(ax)
+    ax, vector = _sheet(ax), from_front(vector)
     layers = sorted(vector.layer_activations)
     ax.plot(
         layers, [float(vector.layer_activations[n].float().norm()) for n in layers], "o-", color=BLUE, label="vector"

@@ -38,7 +38,7 @@ def as_multiplier(
             "SteeringVector({layer: multiplier * direction})."
         )
     try:
-        m = torch.as_tensor(multiplier, dtype=torch.float64).detach().cpu()
+        m = torch.as_tensor(multiplier, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"multiplier must be a number, or one number a row; it is a {type(multiplier).__name__}."

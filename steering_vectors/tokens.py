@@ -134,27 +134,27 @@ def _written(start: int | None, stop: int | None, step: int | None) -> str:
 class _Selection:
     "What every selection can be asked."
 
-    leaves: Any  # the parts, columns and ids in it
+    _leaves: Any  # the parts, columns and ids in it
 
     @property
     def needs_prompt(self) -> bool:
         "Whether the end of the prompt must be known."
-        return any("prompt" in leaf.needs for leaf in self.leaves)
+        return any("prompt" in leaf.needs for leaf in self._leaves)
 
     @property
     def needs_padding(self) -> bool:
         "Whether it must be known which columns are padding."
-        return any("padding" in leaf.needs for leaf in self.leaves)
+        return any("padding" in leaf.needs for leaf in self._leaves)
 
     @property
     def needs_ids(self) -> bool:
         "Whether the token ids of the pass must be known."
-        return any("ids" in leaf.needs for leaf in self.leaves)
+        return any("ids" in leaf.needs for leaf in self._leaves)
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
         "The 0/1 masks in it."
-        return tuple(leaf.index for leaf in self.leaves if isinstance(leaf, Columns) and isinstance(leaf.index, Tensor))
+        return tuple(leaf.index for leaf in self._leaves if isinstance(leaf, Columns) and isinstance(leaf.index, Tensor))
 
 # %% ../nbs/reference/tokens.ipynb #90873880
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ class Columns(_Selection):
     index: slice | tuple[int, ...] | Tensor
 
     @property
-    def leaves(self) -> tuple[Columns]:
+    def _leaves(self) -> tuple[Columns]:
         "Itself."
         return (self,)
 
@@ -295,7 +295,7 @@ class Tokens(_Selection):
         )
 
     @property
-    def leaves(self) -> tuple[Leaf, ...]:
+    def _leaves(self) -> tuple[Leaf, ...]:
         "The parts, columns and ids in it, from left to right."
         return tuple(_leaves(self.node))
 

@@ -16,21 +16,32 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from html import escape
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from steering_vectors.effects import (
     Layer,
     Sweep,
     TokenShift,
     TokenValues,
+    as_layer,
+    as_layers,
+    as_multipliers,
     at_layer,
+    front,
+    in_model,
     multiplier_limit,
+    near,
     next_token_shift,
+    one_row,
     steered_tokens,
     sweep,
 )
 from .operators import PatchDeltaOperator, ablation_operator, ablation_then_addition_operator
+from .prompts import Prompt, Template
 from .tokens import Tokens
 from .vector import SteeringVector
 
@@ -95,7 +106,7 @@ class Span:
     low: float  # smallest value
     high: float  # largest value
     marks: tuple[float, ...]  # the values that are computed for the page
-    step: float = 0.1  # distance between neighbouring values of the live slider
+    step: float | None = None  # distance between neighbouring values of the live slider; None: see below
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,24 @@ class Fixed:
 
     value: Any  # the value a page without a kernel shows
     choices: tuple[Any, ...] = ()  # what a live control offers
+
+# %% ../nbs/reference/widgets.ipynb #90a88769
+_MOST_STEPS = 10_000
+
+
+def _step(span: Span) -> float:
+    "The distance between neighbouring values of a slider."
+    if span.step is not None:
+        return span.step
+    zero = [0.0] if span.low < 0 < span.high else []
+    places = sorted({Fraction(repr(float(x))) for x in (span.low, span.high, *span.marks, *zero)})
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    if not gaps:
+        return 0.1
+    scale = math.lcm(*(gap.denominator for gap in gaps))
+    common = Fraction(math.gcd(*(int(gap * scale) for gap in gaps)), scale)  # all places are whole multiples apart
+    step = common / math.ceil(10 * common / min(gaps))
+    return float(step if (places[-1] - places[0]) / step <= _MOST_STEPS else min(gaps) / 10)
 
 # %% ../nbs/reference/widgets.ipynb #c5afe468
 def _is_array(value: Any) -> bool:
@@ -119,8 +148,11 @@ def _label(value: Any) -> str:
         return f"{value:g}"
     if _is_array(value):
         return _label(value.tolist())
+    if isinstance(value, Mapping):
+        return ": ".join(_label(part) for part in value.values())
     if isinstance(value, (tuple, list, range)):
-        return ", ".join(map(_label, value))
+        text = ", ".join(map(_label, value))
+        return text if len(text) <= 60 else text[:57] + "..."
     return str(value)
 
 
@@ -176,7 +208,9 @@ def _live_picker(name: str, axis: Any, start: Any) -> Any:
     wide = W.Layout(width="100%", max_width="32em")
     shared = {"description": name, "layout": wide}
     if isinstance(axis, Span):
-        return W.FloatSlider(value=start, min=axis.low, max=axis.high, step=axis.step, readout_format="+.2g", **shared)
+        return W.FloatSlider(
+            value=start, min=axis.low, max=axis.high, step=_step(axis), readout_format="+.3g", **shared
+        )
     if isinstance(axis, Fixed) and not axis.choices:
         return W.Textarea(value=start, continuous_update=False, rows=2, **shared)
     values = axis.choices if isinstance(axis, Fixed) else list(axis)
@@ -309,10 +343,20 @@ class _Later:
 # %% ../nbs/reference/widgets.ipynb #91763ef4
 def _offer(picker: Any, values: Sequence[Any]) -> None:
     "Add choices that a picker does not have yet, and leave it where it stands."
-    here, have = picker.index, [v for _, v in picker.options]
+    have = [v for _, v in picker.options]
+    chosen = have[picker.index]
     if new := [(_label(v), v) for v in values if _place(have, v) < 0]:
-        picker.options = (*picker.options, *new)  # which moves it to the first
-        picker.index = here
+        options = _in_order([*picker.options, *new])
+        picker.options = options  # which moves it to the first
+        picker.index = _place([v for _, v in options], chosen)
+
+
+def _in_order(options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    "Numbers by size, then the rest as it stands."
+    are_numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for _, v in options]
+    numbers = [option for option, is_number in zip(options, are_numbers, strict=True) if is_number]
+    rest = [option for option, is_number in zip(options, are_numbers, strict=True) if not is_number]
+    return [*sorted(numbers, key=lambda option: option[1]), *rest]
 
 
 def _move(picker: Any, value: Any) -> None:
@@ -581,16 +625,24 @@ def _round_steps(limit: float) -> tuple[float, ...]:
 class _Answers:
     "The view of `explore`: answers by layer, multiplier, prompt, operator and tokens, computed a row at a time."
 
-    def __init__(self, subject: tuple[Any, Any, SteeringVector], marks: tuple[float, ...], **how: Any) -> None:
-        self.subject, self.marks, self.how = subject, marks, how
+    def __init__(self, subject: tuple[Any, Any, SteeringVector, int], marks: tuple[float, ...], **how: Any) -> None:
+        self.subject, self.marks, self.how = (
+            subject,
+            marks,
+            how,
+        )  # subject: model, tokenizer, vector, layers of the model
         self.operators: dict[str, PatchDeltaOperator | None] = how.pop("operators")
         self.length: int = how.pop("max_new_tokens")
         self.progress: Callable[[int, int], None] | None = None
         self.rows: dict[str, Sweep] = {}
 
-    def __call__(self, layer: Layer, multiplier: float, prompt: str, operator: str, tokens: Any) -> Answer:
-        model, tokenizer, vector = self.subject
-        row = self.marks if multiplier in self.marks else (multiplier,)
+    def __call__(self, layer: Layer, multiplier: float, prompt: Prompt, operator: str, tokens: Any) -> Answer:
+        model, tokenizer, vector, total = self.subject
+        layer, mark = front(as_layer(layer), total), near(multiplier, (0.0, *self.marks))
+        multiplier = (
+            round(multiplier, 10) if mark is None else mark
+        )  # a slider adds its steps up, and they are not exact
+        row = self.marks if multiplier in (0.0, *self.marks) else (multiplier,)  # every row has a zero
         how: dict[str, Any] = {**self.how, "operator": self.operators[operator], "tokens": tokens}
         key = _key((layer, row, prompt, operator, tokens))
         if key not in self.rows:
@@ -610,35 +662,42 @@ def explore(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     vector: SteeringVector,
-    prompt: str,
-    layers: Sequence[Layer]
+    prompt: Prompt,  # words, chat messages, or ids
+    layers: Layer
+    | Sequence[Layer]
     | None = None,  # of the page's grid: numbers, tuples, "all"; None: up to three of the vector's
-    multipliers: Sequence[float] | None = None,  # of the page's grid; None: seven, as far as the vector's norm suggests
+    multipliers: float
+    | Sequence[float]
+    | Tensor
+    | None = None,  # of the page's grid; None: seven, as far as the vector's norm suggests
     tokens: Any = None,  # which tokens to steer at first; None: all
     operators: Mapping[str, PatchDeltaOperator | None] | None = None,  # by name; None: add, ablate, ablate and add
     max_new_tokens: int = 40,
     start: Mapping[str, Any] | None = None,  # where layer and multiplier stand at first
     chat: bool | None = None,  # put the prompt into the chat template; None: where there is one
     layer_config: "ModelLayerConfig | None" = None,
+    add_generation_prompt: bool | None = None,  # open an answer; None: unless the assistant has begun it
+    template: Template | None = None,  # arguments of the chat template
 ) -> Control:  # its axes: layer, multiplier, prompt, operator, tokens
     "A control over what `vector` does to the answer to `prompt`."
-    have = sorted(vector.layer_activations)
-    shown = list(layers) if layers is not None else have[len(have) // 4 :: max(1, len(have) // 3)][:3]
-    if not shown:
-        raise ValueError(f"No layers to show: the vector has {', '.join(map(str, have)) or 'none'}.")
+    here, total = in_model(model, vector, layer_config)
+    have = as_layers(None, here, total)
+    some = have[len(have) // 4 :: max(1, len(have) // 3)][:3]
+    shown = as_layers(some if layers is None else layers, here, total)
     first = {"layer": shown[len(shown) // 2], **(start or {})}
-    limit = multiplier_limit(vector, first["layer"], fraction=0.65)
-    marks = tuple(map(float, multipliers)) if multipliers is not None else _round_steps(limit)
-    named = dict(operators or _OPERATORS)
-    how: dict[str, Any] = {"operators": named, "max_new_tokens": max_new_tokens, "chat": chat}
-    view = _Answers((model, tokenizer, vector), marks, layer_config=layer_config, **how)
-    chosen = _TOKENS if tokens is None else (tokens, *_TOKENS)
+    first["layer"] = front(as_layer(first["layer"]), total)
+    limit = multiplier_limit(at_layer(here, first["layer"], total), fraction=0.65)
+    marks = _round_steps(limit) if multipliers is None else as_multipliers(multipliers)
+    named, chosen = dict(operators or _OPERATORS), _TOKENS if tokens is None else (one_row(tokens), *_TOKENS)
+    how: dict[str, Any] = {"operators": named, "max_new_tokens": max_new_tokens, "layer_config": layer_config}
+    how |= {"chat": chat, "add_generation_prompt": add_generation_prompt, "template": template}
+    view = _Answers((model, tokenizer, here, total), marks, **how)
     control = Control(
         view,
-        start={"multiplier": marks[-2:][0], **first},
+        start={"multiplier": marks[-2] if len(marks) > 1 else marks[0], **first},
         layer=shown,
-        multiplier=Span(min(marks), max(marks), marks),
-        prompt=Fixed(prompt),
+        multiplier=Span(min(0.0, *marks), max(0.0, *marks), marks),
+        prompt=Fixed(prompt, () if isinstance(prompt, str) else (prompt,)),
         operator=Fixed(next(iter(named)), tuple(named)),
         tokens=Fixed(chosen[0], chosen),
     )

@@ -1,10 +1,14 @@
 """Importing the library is cheap: it adds little time, and loads nothing that only some of its functions need."""
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +69,70 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'steer'"):
         steering_vectors.steer  # noqa: B018
+
+
+def returned(hint: Any) -> set[type]:
+    "The classes of this library that a return annotation names."
+    inside = {found for part in typing.get_args(hint) for found in returned(part)}
+    own = isinstance(hint, type) and getattr(hint, "__module__", "").startswith("steering_vectors")
+    return inside | {hint} if own else inside
+
+
+def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    "Every public function, and every public method and property of the public classes."
+    for name in steering_vectors.__all__:
+        value = getattr(steering_vectors, name)
+        if inspect.isfunction(value):
+            yield name, inspect.unwrap(value)
+        for kind in value.__mro__ if inspect.isclass(value) else ():
+            if not kind.__module__.startswith("steering_vectors"):
+                continue
+            for attribute, method in vars(kind).items():
+                method = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
+                if inspect.isfunction(method) and (not attribute.startswith("_") or attribute.startswith("__")):
+                    yield f"{name}.{attribute}", inspect.unwrap(method)
+
+
+def elsewhere() -> dict[str, Any]:
+    "Names that modules import for type checkers only."
+    import matplotlib.axes
+    import transformers
+
+    names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedTokenizerBase")}
+    return {
+        **names,
+        "Axes": matplotlib.axes.Axes,
+        **{n: getattr(steering_vectors, n) for n in steering_vectors.__all__},
+    }
+
+
+def hidden(functions: Iterable[tuple[str, Callable[..., Any]]]) -> dict[str, set[type]]:
+    "Functions that return a class of this library that has no public name."
+    public = {value for value in map(steering_vectors.__dict__.get, steering_vectors.__all__) if inspect.isclass(value)}
+    found = {}
+    for name, function in functions:
+        # what a function's own module has under a name comes before what is listed here
+        names = {key: value for key, value in elsewhere().items() if key not in function.__globals__}
+        hint = typing.get_type_hints(function, localns=names).get("return")
+        if missing := returned(hint) - public:
+            found[name] = missing
+    return found
+
+
+def test_what_public_functions_return_is_public() -> None:
+    functions = list(public_functions())
+    assert (
+        len(functions) > 100
+        and {"sweep", "SteeringVector.apply", "Tokens.__or__", "Effect.slope"} <= dict(functions).keys()
+    )
+    assert hidden(functions) == {}
+
+
+def test_a_hidden_type_would_be_found() -> None:
+    from steering_vectors.widgets import Answer
+
+    def one() -> Answer: ...
+    def several() -> dict[int, list[Answer | None]]: ...
+    def none() -> steering_vectors.Tokens: ...
+
+    assert hidden([("one", one), ("several", several), ("none", none)]) == {"one": {Answer}, "several": {Answer}}

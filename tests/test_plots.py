@@ -10,7 +10,7 @@ import torch
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from steering_vectors import SteeringVector  # noqa: E402
+from steering_vectors import ProjectionSet, Provenance, SteeringVector  # noqa: E402
 from steering_vectors import plots as p  # noqa: E402
 from steering_vectors.effects import Effect, Projections, Similarity, TokenShift, TokenValues  # noqa: E402
 
@@ -67,3 +67,59 @@ def test_nothing_is_imported_before_it_is_used():
     script = "import sys, steering_vectors as s; s.plot_effect, s.sweep; print([m for m in ('matplotlib', 'ipywidgets') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "draw, wrong",
+    [
+        (p.plot_effect, {}),
+        (p.plot_effect, [EFFECT]),
+        (p.plot_effect, {"a": 1.0}),
+        (p.plot_effect, PROJECTIONS),
+        (p.plot_layers, {}),
+        (p.plot_layers, EFFECT),
+        (p.plot_layers, {3: 0.5}),
+        (p.plot_projections, {}),
+        (p.plot_projections, {"a": EFFECT}),
+        (p.plot_projections, [PROJECTIONS]),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_a_figure_is_made(draw, wrong):
+    before = plt.get_fignums()
+    with pytest.raises(TypeError, match="Draw "):
+        draw(wrong)
+    assert plt.get_fignums() == before
+
+
+def test_a_set_of_texts_is_their_average_with_a_band():
+    other = Projections(PROJECTIONS.tokens, (3, 4), 3 * PROJECTIONS.values)
+    ax = p.plot_projections({"a": ProjectionSet((PROJECTIONS, other)), "b": PROJECTIONS})
+    assert list(ax.lines[0].get_ydata()) == [3.0, 7.0] and list(ax.lines[1].get_ydata()) == [1.5, 3.5]
+    assert len(ax.collections) == 1
+    plt.close("all")
+
+
+def test_values_are_drawn_in_the_order_of_their_axis():
+    mixed = Effect("gap", "nats", (1.0, -1.0, 0.0), torch.tensor([[3.0, 1, 2]]))
+    assert list(p.plot_effect(mixed).lines[0].get_ydata()) == [1, 2, 3]
+    ax = p.plot_layers({6: mixed, 3: EFFECT})
+    assert list(ax.lines[0].get_xdata()) == [3, 6] and ax.lines[0].get_ydata()[1] == pytest.approx(mixed.slope)
+    plt.close("all")
+
+
+def test_norms_of_layers_that_count_from_the_end():
+    story = Provenance(activation_norms={2: 9.0}, num_layers=3)
+    ax = p.plot_norms(SteeringVector({-1: torch.ones(4)}, provenance=story))
+    assert [list(line.get_xdata()) for line in ax.lines] == [[2], [2]] and list(ax.lines[1].get_ydata()) == [9.0]
+    plt.close("all")
+
+
+def test_the_default_device_is_not_drawn_on():
+    try:
+        torch.set_default_device("meta")
+        for draw, data, _, _ in DRAWN.values():
+            assert draw(data)
+        assert p.plot_projections(ProjectionSet((PROJECTIONS, PROJECTIONS)))
+    finally:
+        torch.set_default_device(None)
+        plt.close("all")

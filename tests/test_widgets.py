@@ -174,7 +174,7 @@ def test_explore_takes_a_mask():
 
     from steering_vectors import SteeringVector, sweep
     from steering_vectors.demo import tiny_model, tiny_tokenizer
-    from steering_vectors.effects import prompt_ids
+    from steering_vectors.prompts import prompt_ids
     from steering_vectors.widgets import explore
 
     model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -310,3 +310,139 @@ def test_without_javascript_the_starting_cell_is_read(opened):
     control = page.locator(".steer-control").first
     assert control.locator(".steer-fallback").is_visible()
     assert "layer 2 at +0" in control.inner_text() and "Computed for layer 1, 2, 3" in control.inner_text()
+
+
+def positions(slider):
+    "The values that a slider can stand at."
+    count = round((slider.max - slider.min) / slider.step)
+    return [slider.min + i * slider.step for i in range(count + 1)]
+
+
+MARKS = [
+    (-0.06, -0.04, -0.02, 0, 0.02, 0.04, 0.06),
+    (-0.15, -0.1, -0.05, 0, 0.05, 0.1, 0.15),
+    (-1, 0.5),
+    (-0.7, 0.3, 2),
+    (3,),
+    (-2, -1, 0, 1, 2),
+    (0.001, 0.002),
+    (-300, 0, 100),
+    (1e-05, 3e-05),
+]
+
+
+@pytest.mark.parametrize("marks", MARKS, ids=repr)
+def test_a_slider_reaches_every_mark_and_zero(marks):
+    low, high = min(0.0, *marks), max(0.0, *marks)
+    slider = Control(said, layer=[1], multiplier=Span(low, high, marks), start={"multiplier": marks[0]}).pickers[
+        "multiplier"
+    ]
+    reached = positions(slider)
+    for value in (*marks, 0):
+        assert min(abs(value - x) for x in reached) < 1e-9 * max(1, abs(high))
+    gaps = [b - a for a, b in zip(*(sorted({0.0, *marks})[i:] for i in (0, 1)), strict=False)]
+    assert slider.step <= min(gaps) / 10 * (1 + 1e-9) and len(reached) <= 10_001
+
+
+def test_a_step_that_is_given_stays():
+    assert Control(said, layer=[1], multiplier=Span(-1, 1, (-1, 1), 0.5)).pickers["multiplier"].step == 0.5
+
+
+def explored(prompt="Hi", numbers=(1, 2), **how):
+    import torch
+
+    from steering_vectors import SteeringVector
+    from steering_vectors.demo import tiny_model, tiny_tokenizer
+    from steering_vectors.widgets import explore
+
+    model, tokenizer = how.pop("model", None) or tiny_model(), tiny_tokenizer()
+    v = SteeringVector({n: 3 * torch.ones(32) + n for n in numbers})
+    how = {"multipliers": [-1, 1], "max_new_tokens": 3, **how}
+    return explore(model, tokenizer, v, prompt, **how), model, tokenizer, v
+
+
+def test_layers_are_in_order_whatever_the_page_shows():
+    from steering_vectors.demo import tiny_model
+
+    control = explored(numbers=range(6), layers=[2, 4], model=tiny_model(num_layers=6))[0]
+    picker = control.pickers["layer"]
+    assert [v for _, v in picker.options] == [0, 1, 2, 3, 4, 5, "all"] and control.layer == 4
+    assert control.axes["layer"] == [2, 4]
+    control.layer = (1, 3)
+    assert [v for _, v in picker.options] == [0, 1, 2, 3, 4, 5, "all", (1, 3)] and control.layer == (1, 3)
+    backwards = explored(numbers=range(6), layers=[5, 3, "all"], model=tiny_model(num_layers=6))[0]
+    assert [v for _, v in backwards.pickers["layer"].options] == [0, 1, 2, 3, 4, 5, "all"] and backwards.layer == 3
+
+
+@pytest.mark.parametrize(
+    "layers, shown", [("all", ["all"]), (2, [2]), (-1, [2]), ([1, "all", (1, -1)], [1, "all", (1, 2)])], ids=repr
+)
+def test_explore_takes_layers_as_one_would_type_them(layers, shown):
+    control = explored(layers=layers)[0]
+    assert control.axes["layer"] == shown and "steer-error" not in control.html
+    assert explored(layers=[1, 2], start={"layer": -1})[0].layer == 2
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ({"layers": "frist"}, "not 'frist'"),
+        ({"layers": [True]}, "not True"),
+        ({"layers": [1, 1]}, "once"),
+        ({"layers": []}, "No layers"),
+        ({"multipliers": "2"}, "not '2'"),
+        ({"multipliers": []}, "No multipliers"),
+        ({"multipliers": [1, float("nan")]}, "finite"),
+        ({"start": {"layer": "frist"}}, "not 'frist'"),
+        ({"tokens": [[1, 0], [0, 1]]}, "batches of its own"),
+    ],
+    ids=repr,
+)
+def test_explore_refuses_at_the_door(how, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        explored(**how)
+
+
+def test_explore_takes_any_prompt():
+    from steering_vectors import sweep
+
+    begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "("}]
+    for prompt in (begun, [1, 40, 41], [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]):
+        control, *subject = explored(prompt)
+        assert (
+            control.output.text
+            == sweep(*subject, prompt, control.layer, control.multiplier, 3)[control.layer, control.multiplier]
+        )
+        assert "steer-error" not in control.html and "prompt" in control.to_html()
+        control.prompt = "Other words"
+        assert (
+            control.output.text
+            == sweep(*subject, "Other words", control.layer, control.multiplier, 3)[control.layer, control.multiplier]
+        )
+
+
+def test_the_templates_arguments_reach_explore():
+    control, model, tokenizer, v = explored(
+        template={"chat_template": "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"}
+    )
+    assert "".join(control.output.marked.tokens).startswith("<Hi>")
+    closed = explored([{"role": "user", "content": "Hi"}], add_generation_prompt=False)[0]
+    assert "[assistant]" not in "".join(closed.output.marked.tokens)
+
+
+def test_a_vector_that_counts_from_the_end_is_explored():
+    from steering_vectors import sweep
+
+    control, *subject = explored(numbers=(-1, -2))
+    assert [v for _, v in control.pickers["layer"].options] == [1, 2, "all"]
+    control.layer = -1
+    assert control.output.text == sweep(*subject, "Hi", 2, control.multiplier, 3)[2, control.multiplier]
+
+
+def test_sums_of_steps_are_taken_for_the_marks_they_mean():
+    control = explored(multipliers=[-0.3, -0.1, 0.1, 0.3])[0]
+    for value in (0.1 + 0.2, -0.3 + 3 * 0.1, 0.1 * 3 - 0.2):
+        control.multiplier = value
+        answer = control.output
+        assert answer.text if abs(value) > 1e-9 else answer.text == answer.unsteered
+    assert len(control.view.rows) == 1  # all of them were marks
