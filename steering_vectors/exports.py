@@ -41,7 +41,8 @@ def one_multiplier(
     multiplier: float,  # of Python, numpy or torch
 ) -> float:
     "A checked multiplier: one finite number."
-    m = as_multiplier(multiplier)
+    with torch.device("cpu"):  # whatever the default device is
+        m = as_multiplier(multiplier)
     if not isinstance(m, float):
         raise ValueError(f"An export has one multiplier for every row, not {len(m)} of them.")
     return m

@@ -9,7 +9,7 @@ __all__ = ['SteeringVector']
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,14 +90,26 @@ class SteeringVector:
         layers: int | Iterable[int],  # where to put the one direction that this vector holds
     ) -> "SteeringVector":
         "One direction at many layers: `v[18].at(range(30))`."
-        direction = _only(self)
-        return replace(self, layer_activations={n: direction for n in _one_or_more(layers)})
+        direction, story = _only(self), replace(self.provenance, later={})
+        return replace(self, layer_activations=dict.fromkeys(_numbers(layers), direction), provenance=story)
+
+    def __contains__(self, layer: object) -> bool:
+        return _has(self, layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layer_activations)
+
+    def __len__(self) -> int:
+        return len(self.layer_activations)
 
     # --- combine -----------------------------------------------------------------------------------------------------
     __array_ufunc__ = None  # numpy is not to take `array * vector` apart into many vectors
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         return _sum(self, other, 1) if isinstance(other, SteeringVector) else NotImplemented
+
+    def __radd__(self, other: float) -> "SteeringVector":
+        return self if _is_number(other) and other == 0 else NotImplemented  # what `sum` begins with
 
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
         return _sum(self, other, -1) if isinstance(other, SteeringVector) else NotImplemented
@@ -226,12 +238,11 @@ def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
     out = {}
     for n, v in activations.items():
         try:
-            number: Any = None if isinstance(n, bool) else n
-            n = operator.index(number)
+            n = _number(n)
         except TypeError:
             raise TypeError(f"Layers are numbered by integers; {n!r} is a {type(n).__name__}.") from None
         try:
-            v = v if isinstance(v, Tensor) else torch.as_tensor(v)
+            v = v if isinstance(v, Tensor) else torch.as_tensor(v, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"The direction of layer {n} must be a tensor, not a {type(v).__name__}.") from None
         if not v.is_floating_point() or v.numel() == 0 or v.shape[-1] != v.numel():
@@ -258,13 +269,7 @@ def _chosen(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list
         inside = range(*layers.indices(total if total is not None else max(have, default=0) + 1))
         chosen = [n for n in have if n in inside]
     else:
-        try:
-            numbers = [operator.index(n) for n in _one_or_more(layers)]
-        except TypeError:
-            raise TypeError(
-                f"A vector is indexed by layers: v[18], v[10:20] or v[[1, 5]], not v[{layers!r}]."
-            ) from None
-        chosen = [n + total if n not in have and n < 0 and total is not None else n for n in numbers]
+        chosen = [n + total if n not in have and n < 0 and total is not None else n for n in _numbers(layers)]
     missing = [n for n in chosen if n not in have]
     if missing or not chosen:
         raise ValueError(
@@ -273,13 +278,31 @@ def _chosen(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list
     return chosen
 
 
-def _one_or_more(layers: Any) -> list[Any]:
-    "A number of Python, numpy or torch as a list of one, and several as they come."
+def _has(vector: SteeringVector, layer: object) -> bool:
+    "Whether `vector[layer]` is a vector, where `layer` is one number."
     try:
-        number = operator.index(layers)
+        return bool(_chosen(vector, _number(layer)))
+    except (TypeError, ValueError):
+        return False
+
+
+def _number(layer: Any) -> int:
+    "The number of a layer, of Python, numpy or torch; a truth value is none."
+    if isinstance(layer, bool) or getattr(layer, "dtype", None) is torch.bool:
+        raise TypeError(f"{layer!r} is not the number of a layer.")
+    return operator.index(layer)
+
+
+def _numbers(layers: Any) -> list[int]:
+    "One number of a layer as a list of one, and several as they come."
+    try:
+        return (
+            [_number(layers)]
+            if not hasattr(layers, "__iter__") or getattr(layers, "ndim", 1) == 0
+            else [*map(_number, layers)]
+        )
     except TypeError:
-        return list(layers)
-    return [layers if isinstance(layers, bool) else number]  # True is refused as the number of a layer
+        raise TypeError(f"A vector is indexed by layers: v[18], v[10:20] or v[[1, 5]], not v[{layers!r}].") from None
 
 
 def _only(vector: SteeringVector) -> Tensor:
@@ -322,22 +345,27 @@ def _table(vector: SteeringVector) -> str:
     if len(rows) > 12:
         rows[5:-5] = ["| … | | | |"]
     head = ["| layer | length | of the activations | ratio |", "| ---: | ---: | ---: | ---: |"]
-    facts = [
-        f"model: {story.model_id}",
-        f"{story.num_pairs} pair{'s' * (story.num_pairs != 1)}",
-        story.aggregator,
-        f"read at {story.read_position}",
-        story.note,
-    ]
-    said = " · ".join(str(f) for f in facts if f and "None" not in str(f))
     title = f"**SteeringVector** of type `{vector.layer_type}`, {len(norms)} layer{'' if len(norms) == 1 else 's'}"
-    return "\n".join([title, "", *head, *rows, "", said or "made by hand"])
+    return "\n".join([title, "", *head, *rows, "", " · ".join(_facts(story)) or "no provenance"])
 
 
 def _row(layer: int, length: float, activation: float | None) -> str:
     "One layer of the table."
     rest = f"{activation:.4g} | {length / activation:.3f}" if activation else " | "
     return f"| {layer} | {length:.4g} | {rest} |"
+
+
+def _facts(story: Provenance) -> list[str]:
+    "What is known of a vector's making, and nothing else."
+    counts = {"pair": story.num_pairs, "positive text": story.num_positive, "negative text": story.num_negative}
+    return [
+        *([story.origin] if story.origin else []),
+        *([f"model: {story.model_id}"] if story.model_id else []),
+        *[f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items() if n is not None],
+        *([story.aggregator] if story.aggregator else []),
+        *([f"read at {story.read_position}"] if story.read_position else []),
+        *([story.note] if story.note else []),
+    ]
 
 # %% ../nbs/reference/vector.ipynb #8926dc4e
 def _sum(a: SteeringVector, b: SteeringVector, sign: int) -> SteeringVector:
@@ -367,10 +395,10 @@ def _check_alike(a: SteeringVector, b: SteeringVector) -> None:
 
 def _common(a: Provenance, b: Provenance) -> Provenance:
     "What holds of both."
-    same = {k: x for k, x in vars(a).items() if x == getattr(b, k) and k != "suggested_multiplier"}
+    same = {k: x for k, x in vars(a).items() if x == getattr(b, k) and k not in ("suggested_multiplier", "later")}
     if a.model_id == b.model_id and (a.activation_norms or b.activation_norms):
         same["activation_norms"] = {**(b.activation_norms or {}), **(a.activation_norms or {})}
-    return Provenance(**same)
+    return Provenance(**same | {"origin": "sum of vectors"})
 
 # %% ../nbs/reference/vector.ipynb #e66a683a
 def _is_number(x: object) -> bool:
@@ -386,7 +414,7 @@ def _scaled(vector: SteeringVector, number: float, divide: bool = False) -> Stee
     if divide and x == 0:
         raise ZeroDivisionError("A vector cannot be divided by zero.")
     scaled = {n: v / x if divide else v * x for n, v in vector.layer_activations.items()}
-    hint, story = vector.provenance.suggested_multiplier, vector.provenance
+    hint, story = vector.provenance.suggested_multiplier, replace(vector.provenance, later={})
     if hint is not None:
         story = replace(story, suggested_multiplier=hint * x if divide else hint / x if x else None)
     return replace(vector, layer_activations=scaled, provenance=story)
@@ -415,7 +443,8 @@ def _normalized(vector: SteeringVector) -> SteeringVector:
     if zero := [n for n, v in vector.layer_activations.items() if not v.any()]:
         raise ValueError(f"The direction of layer {zero[0]} is zero: it has no length to bring to 1.")
     units = {n: _unit(v).to(v.dtype) for n, v in vector.layer_activations.items()}
-    return replace(vector, layer_activations=units, provenance=replace(vector.provenance, suggested_multiplier=None))
+    story = replace(vector.provenance, suggested_multiplier=None, later={})
+    return replace(vector, layer_activations=units, provenance=story)
 
 # %% ../nbs/reference/vector.ipynb #3eed7d24
 def _parts(vector: SteeringVector) -> VectorFile:

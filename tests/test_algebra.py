@@ -88,7 +88,9 @@ def test_anything_else_does_not(thing):
     (lambda v: v / 0, ZeroDivisionError, "divided by zero"),
     (lambda v: v * math.inf, ValueError, "scaled by inf"),
     (lambda v: v + 1, TypeError, "unsupported operand"),
-    (lambda v: sum([v, v]), TypeError, "unsupported operand"),
+    (lambda v: 1 + v, TypeError, "unsupported operand"),
+    (lambda v: False + v, TypeError, "unsupported operand"),
+    (lambda v: sum([v, v], start=2), TypeError, "unsupported operand"),
 ])  # fmt: skip
 def test_what_has_no_meaning_is_refused(act, error, words):
     with pytest.raises(error, match=words):
@@ -123,6 +125,51 @@ def test_any_row_of_whole_numbers_is_layers(several):
     assert list(v[several].layer_activations) == list(v[1].at(several).layer_activations) == [1, 0]
 
 
+@pytest.mark.parametrize("thing", ["1", 1.0, True, [True], torch.tensor(True), torch.tensor([True, False]), np.True_])
+def test_what_is_no_layer_is_in_no_vector(thing):
+    v = vector(0)
+    with pytest.raises(TypeError, match="A vector is indexed by layers"):
+        v[thing]
+    assert thing not in v or isinstance(thing, list)
+    assert True not in v and 1.0 not in v and None not in v and "1" not in v and v not in v
+
+
+def test_a_vector_is_a_mapping_from_layers():
+    v = vector(0, (5, 0, 3), num_layers=6)
+    assert list(v) == [5, 0, 3] and len(v) == 3 and sorted(v) == [0, 3, 5] and max(v) == 5
+    assert all(v[n] == v[[n]] for n in v) and {n: len(v[n]) for n in v} == {5: 1, 0: 1, 3: 1}
+    for layer in (0, np.int64(3), torch.tensor(5), -1, -3, -6):
+        assert layer in v and len(v[layer]) == 1
+    for layer in (1, 6, -2, -7, 10**30):
+        assert layer not in v
+    by_hand = vector(0, (-1, 2))
+    assert -1 in by_hand and -2 not in by_hand and 5 not in by_hand and list(by_hand) == [-1, 2]
+
+
+def test_an_empty_vector_is_false_and_every_other_true():
+    assert not SteeringVector({}) and len(SteeringVector({})) == 0 and list(SteeringVector({})) == []
+    assert vector(0) and SteeringVector({0: torch.zeros(4)}) and (0 * vector(0))
+
+
+def test_vectors_are_summed_by_sum():
+    v, w, x = vector(0), vector(1, (1, 2)), vector(2)
+    assert sum([v, w, x]) == v + w + x and sum([v]) == v and sum([]) == 0
+    assert 0 + v == v and np.int64(0) + v == v and 0.0 + v == v
+    assert sum([v, w], start=x) == x + v + w
+    assert sum([v, w]).provenance.origin == "sum of vectors" and sum([v]).provenance.origin is None
+
+
+def test_a_vector_is_made_on_the_cpu_whatever_the_default_device(tmp_path):
+    v = vector(0)
+    with torch.device("meta"):
+        assert SteeringVector({0: [1.0, 2.0], 1: np.ones(2)}).layer_activations[0].device.type == "cpu"
+        v.save(tmp_path / "v")
+        v.to_gguf(tmp_path / "v.gguf") if 0 not in v else v[1].to_gguf(tmp_path / "v.gguf")
+        assert SteeringVector.load(tmp_path / "v") == v and SteeringVector.from_gguf(tmp_path / "v.gguf") == v[1]
+        assert (v + v).normalize().cosine_similarity(v)[0] == pytest.approx(1)
+        assert v.to_vllm_lens()["layer_indices"] == [0, 1]
+
+
 @pytest.mark.parametrize("thing", ["1", 1.0, None, [1.5], np.array(1.5), torch.tensor(1.5)])
 def test_nothing_else_is_a_layer(thing):
     with pytest.raises(TypeError, match="A vector is indexed by layers"):
@@ -151,8 +198,10 @@ def test_gradients_flow_through_the_algebra():
 def test_a_sum_claims_only_what_holds_of_both():
     a = vector(0, model_id="m", num_pairs=3, aggregator="mean", activation_norms={0: 1.0}, suggested_multiplier=2)
     b = vector(1, model_id="m", num_pairs=4, aggregator="mean", activation_norms={0: 9.0, 1: 2.0}, note="b")
-    assert (a + b).provenance == Provenance(model_id="m", aggregator="mean", activation_norms={0: 1.0, 1: 2.0})
-    assert (a + vector(1, model_id="n", activation_norms={1: 2.0})).provenance == Provenance()
+    assert (a + b).provenance == Provenance(
+        model_id="m", aggregator="mean", activation_norms={0: 1.0, 1: 2.0}, origin="sum of vectors"
+    )
+    assert (a + vector(1, model_id="n", activation_norms={1: 2.0})).provenance == Provenance(origin="sum of vectors")
     assert (4 * a).provenance.suggested_multiplier == 0.5 and (a / 4).provenance.suggested_multiplier == 8
     assert (a + a).provenance.suggested_multiplier is None and (a - a).provenance.suggested_multiplier is None
     assert (0 * a).provenance.suggested_multiplier is None and a.normalize().provenance.suggested_multiplier is None
@@ -206,6 +255,12 @@ def test_what_a_person_sees():
     for words in ("2 layers", "model: someone/tiny · 3 pairs · mean_aggregator", "| 10 |"):
         assert words in table
     many = vector(0, range(40))._repr_markdown_()
-    assert many.count("\n") < 20 and "| 39 |" in many and "…" in many and "made by hand" in many
+    assert many.count("\n") < 20 and "| 39 |" in many and "…" in many and "no provenance" in many
+    both, note = (
+        v + vector(1, (1,), model_id="someone/tiny"),
+        vector(0, note="None of it", num_positive=1, num_negative=2),
+    )
+    assert "sum of vectors · model: someone/tiny" in both._repr_markdown_()
+    assert "1 positive text · 2 negative texts · None of it" in note._repr_markdown_()
     assert "no layers" in repr(SteeringVector({}))
     assert isinstance(SteeringVector({})._repr_markdown_(), str)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -214,7 +216,13 @@ GOOD = {"format_version": 1, "layer_type": "mlp"}
     (with_header(GOOD | {"format_version": 2}), "version 2; this library reads version 1"),
     (with_header(GOOD | {"layer_type": ["mlp"]}), "Unknown layer_type"),
     (with_header({"format_version": 1}), "Unknown layer_type"),
-    (with_header(GOOD | {"nota": "x"}), "a field 'nota'"),
+    (with_header(GOOD | {"later": {"a": 1}}), "a field 'later'"),
+    (with_header(GOOD | {"texts": {}}), "a field 'texts'"),
+    (with_header(GOOD | {"calibration": float("inf")}), "not a number of JSON"),
+    (with_header('{"format_version": 1, "layer_type": "mlp", "calibration": [1e999]}'), "not finite"),
+    (with_header(GOOD | {"checksum": "sha256"}), "its checksum, or a text beside it, is missing"),
+    (with_header(GOOD | {"checksum": "sha256"}, format="pt", sha257="0"), "its checksum, or a text beside it, is missing"),
+    (with_header(GOOD | {"checksum": "blake3"}), "of the kind 'blake3'"),
     (with_header(GOOD | {"num_pairs": 1.5}), "num_pairs is 1.5"),
     (with_header(GOOD | {"hidden_size": "8"}), "hidden_size is '8'"),
     (with_header(GOOD | {"extra": 3}), "extra is 3"),
@@ -226,7 +234,6 @@ GOOD = {"format_version": 1, "layer_type": "mlp"}
     (with_header(GOOD | {"activation_norms": {"1": True}}), "activation_norms are not all finite numbers"),
     (with_header(GOOD | {"hidden_size": 9}), "layer 0 is 8 wide, but the model is 9 wide"),
     (with_header(GOOD | {"num_layers": 0}), "comes from a model of 0 layers"),
-    (with_header(GOOD, sha257="0"), "a text 'sha257' beside its header"),
     (with_header(GOOD, sha256="0"), "do not match its checksum"),
     (with_header(GOOD, {"layer.00": torch.ones(8)}), "a tensor 'layer.00'"),
     (with_header(GOOD, {"layer.-1": torch.ones(8)}), "a tensor 'layer.-1'"),
@@ -249,6 +256,104 @@ def test_a_wrong_file_says_what_is_wrong_and_with_which_file(tmp_path, data, wor
 def test_a_file_of_another_program_needs_no_checksum(tmp_path):
     (tmp_path / "v").write_bytes(with_header(GOOD))
     assert same(load_file(tmp_path / "v"), VectorFile({0: torch.ones(8)}, "mlp", Provenance()))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+UNKNOWN = st.dictionaries(st.text().filter(lambda k: k not in files.KNOWN), JSON, max_size=4)
+writable = st.characters(exclude_categories=["Cs"])  # safetensors writes UTF-8
+
+
+def exactly(value):
+    "A JSON value that also tells 1, 1.0 and True apart."
+    return json.dumps(value, sort_keys=True)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(UNKNOWN, st.dictionaries(st.text(writable).filter(lambda k: k not in files.OURS), st.text(writable), max_size=3))
+def test_what_a_later_version_adds_is_kept_and_written_back(tmp_path, fields, texts):
+    path, again = tmp_path / "tomorrow", tmp_path / "again"
+    header = json.dumps(GOOD | {"num_pairs": 3} | fields)
+    path.write_bytes(with_header(header, **{"format": "pt"} | texts))
+    vector = SteeringVector.load(path)
+    assert exactly(vector.provenance.later) == exactly(fields) and vector.provenance.texts == texts
+    vector.to(torch.float32)[0].save(again)
+    with safe_open(again, framework="pt") as f:
+        kept = f.metadata()
+    written = json.loads(kept["steering_vector"])
+    assert written.pop("checksum") == "sha256" and exactly(written) == exactly(GOOD | {"num_pairs": 3} | fields)
+    assert {k: v for k, v in kept.items() if k not in files.OURS} == texts
+    assert SteeringVector.load(again).provenance == vector.provenance
+    data = bytearray(again.read_bytes())
+    data[-1] ^= 1
+    again.write_bytes(data)
+    with pytest.raises(ValueError, match="do not match its checksum"):
+        load_file(again)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(UNKNOWN)
+def test_control_vectors_and_folders_keep_them_too(tmp_path, fields):
+    vector = SteeringVector({1: torch.ones(8)}, provenance=Provenance(later=fields, note="joy"))
+    vector.to_gguf(tmp_path / "v.gguf")
+    vector.save_pretrained(tmp_path / "v")
+    for back in (SteeringVector.from_gguf(tmp_path / "v.gguf"), SteeringVector.from_pretrained(tmp_path / "v")):
+        assert exactly(back.provenance.later) == exactly(fields) and back.provenance.note == "joy"
+    config = json.loads((tmp_path / "v" / "config.json").read_text())
+    assert exactly({k: config[k] for k in fields}) == exactly(fields)
+
+
+@given(st.integers().filter(lambda n: n != 1), st.none() | st.text(st.characters(categories=["L", "N"]), min_size=1))
+def test_another_version_is_refused_and_names_what_it_needs(version, needs):
+    header = {"format_version": version, "needs": needs, "layer_type": "a new kind", "gate": [1.0]}
+    with pytest.raises(ValueError, match=f"version {version}; this library reads version 1") as e:
+        files.read_header(json.dumps(header))
+    assert f"steering-vectors {needs}:" in str(e.value) or (needs is None and "another version" in str(e.value))
+    assert "pip install -U steering-vectors" in str(e.value)
+
+
+def test_what_somebody_added_to_config_json_is_kept(tmp_path):
+    VectorFolder(VectorFile(layers(), "mlp", STORY)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"licence": "MIT", "num_pairs": 7}))
+    back = SteeringVector.from_pretrained(tmp_path)
+    assert back.provenance.later == {"licence": "MIT"} and back.provenance.num_pairs == STORY.num_pairs
+    back.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config | {"licence": "MIT"}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        SteeringVector.from_pretrained(tmp_path)
+
+
+def test_arithmetic_does_not_carry_what_it_cannot_understand():
+    v = SteeringVector({1: torch.ones(8)}, provenance=Provenance(later={"calibration": 0.1}))
+    for made in (2 * v, v / 2, -v, v + v, v.normalize(), v.at([0, 1])):
+        assert made.provenance.later == {}
+    for same in (v[1], v.to(torch.bfloat16), v[[1]]):
+        assert same.provenance.later == {"calibration": 0.1}
+
+
+def test_two_sets_are_counted_apart(tmp_path):
+    story = Provenance(num_positive=13, num_negative=np.int64(20), origin="sum of vectors")
+    save_file(tmp_path / "v", layers(), "mlp", story)
+    assert load_file(tmp_path / "v").provenance == story
+    for wrong in (True, 1.5, "13"):
+        with pytest.raises(TypeError, match="num_positive"):
+            Provenance(num_positive=wrong)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(later={"note": 1}), "'note' it knows"), (dict(later={"format_version": 2}), "'format_version' it knows"),
+    (dict(texts={"sha256": "0"}), "'sha256' it knows"), (dict(later={"texts": 1}), "'texts' it knows"),
+])  # fmt: skip
+def test_known_names_are_not_smuggled_in(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Provenance(**wrong)
+    with pytest.raises(TypeError, match="texts"):
+        Provenance(texts={"a": 1})
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
