@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['ChatMessages', 'Prompt', 'Template', 'Text', 'is_messages', 'check_tokenizer', 'added_tokens', 'has_template',
-           'render', 'special_strings', 'chat_openings', 'prompt_ids', 'continuation_ids', 'as_record', 'encoded_texts',
-           'texts_ids', 'text_ids', 'prompt_length']
+           'render', 'id_row', 'special_strings', 'chat_openings', 'prompt_ids', 'continuation_ids', 'as_record',
+           'encoded_texts', 'texts_ids', 'text_ids', 'prompt_length', 'shared_start']
 
 # %% ../nbs/reference/prompts.ipynb #dc22fc56
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from operator import index as as_index
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -37,12 +36,16 @@ def is_messages(text: Any) -> TypeGuard[ChatMessages]:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    "Refuse what is not a tokenizer but holds one."
+    "Refuse what is not a tokenizer, and say where one is."
     inner = getattr(tokenizer, "tokenizer", None)
     if hasattr(inner, "convert_ids_to_tokens") and not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise TypeError(
             f"A {type(tokenizer).__name__} is a processor, and words are turned into ids by a tokenizer: pass "
             "processor.tokenizer."
+        )
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise TypeError(
+            f"tokenizer must be the model's tokenizer, not a {type(tokenizer).__name__}. Are the arguments in the right order?"
         )
 
 # %% ../nbs/reference/prompts.ipynb #85a8a7c5
@@ -70,8 +73,9 @@ def _started(
     "`ids` with `start` in front, once."
     return ids if ids[: len(start)] == start else [*start, *ids]
 
-# %% ../nbs/reference/prompts.ipynb #1f9ff790
+# %% ../nbs/reference/prompts.ipynb #122ac032
 _MARK = "WHERE_THE_LAST_MESSAGE_ENDS"
+_OURS = {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors"}
 
 
 def has_template(
@@ -79,7 +83,7 @@ def has_template(
     template: Template | None = None,  # arguments of the chat template
 ) -> bool:
     "Whether the tokenizer has a chat format, as a Jinja template or in code."
-    if getattr(tokenizer, "chat_template", None) or (template or {}).get("chat_template"):
+    if _is_jinja(tokenizer, template):
         return True
     try:
         return bool(tokenizer.apply_chat_template([{"role": "user", "content": "a"}], **(template or {})))
@@ -87,19 +91,19 @@ def has_template(
         return False
 
 
+def _is_jinja(tokenizer: "PreTrainedTokenizerBase", template: Template | None) -> bool:
+    "Whether the format is a Jinja template, which writes text; formats in code give ids."
+    return bool(getattr(tokenizer, "chat_template", None) or (template or {}).get("chat_template"))
+
+
 def _apply(
     tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, **how: Any
 ) -> str | list[int]:  # text from a Jinja template, ids from a format in code
     "What the tokenizer makes of a conversation."
     args = dict(template or {})
-    jinja = bool(getattr(tokenizer, "chat_template", None) or args.get("chat_template"))
-    if taken := {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict"} & set(args):
-        raise ValueError(f"template= holds arguments of the chat template itself, not {', '.join(sorted(taken))}.")
+    jinja = _is_jinja(tokenizer, template)
     chat: Any = [dict(message) for message in messages]
-    if jinja:
-        out: Any = tokenizer.apply_chat_template(chat, tokenize=False, **how, **args)
-    else:
-        out = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **how, **args)
+    out: Any = tokenizer.apply_chat_template(chat, **({"tokenize": False} if jinja else {}), **how, **args)
     if isinstance(out, str):
         return out
     out = out["input_ids"] if isinstance(out, Mapping) else out
@@ -116,27 +120,31 @@ def _parts(message: Mapping[str, Any]) -> list[str] | None:  # None: not text al
     return [str(p["text"]) for p in content]
 
 
-def _respelled(messages: ChatMessages) -> list[dict[str, Any]]:
-    "The same messages with strings for contents in parts; with parts, where all are strings."
-    strings = all(isinstance(message.get("content"), str) for message in messages)
+def _respelled(
+    tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None
+) -> list[dict[str, Any]]:
+    "The same messages, with contents as strings or in parts: what the format takes."
+    made: list[str | list[int] | None] = []
+    both: list[Any] = [_MARK, [{"type": "text", "text": _MARK}]]
+    for content in both:
+        try:
+            made.append(_apply(tokenizer, [{"role": "user", "content": content}], template))
+        except Exception:  # Jinja's, the tokenizer's own, or Python's inside a template
+            made.append(None)
+    written, parts = made
+    takes_strings = isinstance(written, list) or (written is not None and _MARK in written)
+    takes_parts = parts is not None and parts == written
+    if isinstance(parts, str):
+        takes_parts = _MARK in parts and str(both[1]) not in parts
     spelled = []
     for message in messages:
-        texts = _parts(message)
-        if texts is None:
-            spelled.append(dict(message))
-        else:
-            content = [{"type": "text", "text": texts[0]}] if strings else "".join(texts)
-            spelled.append({**message, "content": content})
+        texts, is_string = _parts(message), isinstance(message.get("content"), str)
+        if texts is not None and is_string and takes_parts and not takes_strings:
+            message = {**message, "content": [{"type": "text", "text": text} for text in texts]}
+        elif texts is not None and not is_string and takes_strings and not takes_parts:
+            message = {**message, "content": "".join(texts)}
+        spelled.append(dict(message))
     return spelled
-
-
-def _shows(tokenizer: "PreTrainedTokenizerBase", out: str | list[int], message: Mapping[str, Any]) -> bool:
-    "Whether a conversation's last message stands in what was made of it."
-    text = out if isinstance(out, str) else str(tokenizer.decode(out))
-    content = message.get("content")
-    if not isinstance(content, str) and str(content) in text:
-        return False  # the list itself was written
-    return all(part.strip() in text for part in _parts(message) or [])
 
 # %% ../nbs/reference/prompts.ipynb #ebe8a97e
 def render(
@@ -145,75 +153,84 @@ def render(
     template: Template | None = None,  # arguments of the chat template
     **how: Any,  # add_generation_prompt, continue_final_message
 ) -> str | list[int]:  # text, or ids where the format is code
-    "A conversation in the tokenizer's chat format, whichever spelling of contents that takes."
+    "A conversation in the tokenizer's chat format."
     if not has_template(tokenizer, template):
         raise ValueError("This tokenizer has no chat template, so it cannot read a conversation; pass strings.")
-    first: str | list[int] | None = None
-    problem: Exception | None = None
-    for spelled in (messages, _respelled(messages)):
-        try:
-            out = _apply(tokenizer, spelled, template, **how)
-        except Exception as error:  # Jinja's, the tokenizer's own, or Python's inside a template
-            problem = problem or error
-            continue
-        if _shows(tokenizer, out, spelled[-1]):
-            return out
-        first = out if first is None else first
-    if first is None:
-        raise ValueError(f"This tokenizer's chat template refuses the conversation: {problem}") from problem
-    return first
+    if taken := _OURS & set(template or {}):
+        raise ValueError(
+            f"template= holds arguments of the chat template itself, not {', '.join(sorted(taken))}, which is for this library to say."
+        )
+    try:
+        return _apply(tokenizer, _respelled(tokenizer, messages, template), template, **how)
+    except Exception as error:  # Jinja's, the tokenizer's own, or Python's inside a template
+        words = str(error).replace(_MARK, "")
+        raise ValueError(f"This tokenizer's chat template refuses the conversation: {words}") from error
 
-# %% ../nbs/reference/prompts.ipynb #3059b16b
-def _with_last(message: Mapping[str, Any], change: Any) -> dict[str, Any] | None:  # None: there is no text
-    "A message whose last text is changed."
+# %% ../nbs/reference/prompts.ipynb #cea908bc
+def _last_text(message: Mapping[str, Any]) -> str | None:  # None: there is none
+    "The text that a message ends on."
     content = message.get("content")
     if isinstance(content, str):
-        return {**message, "content": change(content)}
-    parts = [dict(part) for part in content] if isinstance(content, Sequence) else []
-    for part in reversed(parts):
-        if "text" in part:
-            part["text"] = change(part["text"])
-            return {**message, "content": parts}
-    return None
+        return content
+    texts = [part["text"] for part in content or [] if isinstance(part, Mapping) and "text" in part]
+    return str(texts[-1]) if texts else None
+
+
+def _ending(message: Mapping[str, Any], text: str) -> dict[str, Any]:
+    "A message with another last text."
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": text}
+    last = max(i for i, part in enumerate(content) if "text" in part)
+    return {**message, "content": [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]}
 
 
 def _open(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None) -> str | list[int]:
     "A conversation that ends on its last message's last token."
-    said: list[str] = []
-    last = _with_last(messages[-1], lambda text: (said.append(text), text + _MARK)[1])
-    if last is None:
+    said = _last_text(messages[-1])
+    if said is None:
         raise ValueError(
             "The last message has no text, so there is nothing to continue: give it a content (an empty one will do), or "
             "pass add_generation_prompt=True to close it and open the answer."
         )
-    out = None
-    if getattr(tokenizer, "chat_template", None) or (template or {}).get("chat_template"):
-        out = render(tokenizer, [*messages[:-1], last], template)
+    out: str | list[int] = []
+    if _is_jinja(tokenizer, template):
+        out = render(tokenizer, [*messages[:-1], _ending(messages[-1], said + _MARK)], template)
     if not isinstance(out, str):
-        return _cut(tokenizer, _left_open(tokenizer, messages, template), said[0])
+        return _left_open(tokenizer, messages, template, said)
     text, found, _ = out.rpartition(_MARK)
     if not found:
         raise ValueError(
-            f"The chat template does not write the last message as it stands, so its end cannot be found: {said[0]:.60}. "
+            f"The chat template does not write the last message as it stands, so its end cannot be found: {said:.60}. "
             "Write the text yourself and pass it as a string."
         )
-    trimmed = said[0].rstrip()
-    if trimmed != said[0]:
+    trimmed = said.rstrip()
+    if trimmed != said:
         closed = render(tokenizer, messages, template)
         if isinstance(closed, str) and not closed.startswith(text):  # this template trims
-            text = text[: len(text) - (len(said[0]) - len(trimmed))]
+            text = text[: len(text) - (len(said) - len(trimmed))]
     return text
 
 
-def _left_open(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None) -> list[int]:
+def _left_open(
+    tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, said: str
+) -> list[int]:
     "The ids of a format in code, open at the end where it can do that."
-    try:
-        out = render(tokenizer, messages, template, continue_final_message=True)
-    except ValueError:  # it does not know the argument: its closing tokens are cut
-        if not "".join(_parts(messages[-1]) or []).strip():
-            out = render(tokenizer, messages[:-1], template, add_generation_prompt=True)
+    found: dict[bool, list[int]] = {}
+    for opened in (True, False):
+        try:
+            out = render(tokenizer, messages, template, **({"continue_final_message": True} if opened else {}))
+        except ValueError as error:
+            problem = error
         else:
-            out = render(tokenizer, messages, template)
+            found[opened] = _bare(tokenizer, out) if isinstance(out, str) else out
+    if not found:
+        raise problem
+    if True in found and found[True] != found.get(False):
+        return found[True]
+    if said.strip():
+        return _cut(tokenizer, found.get(False) or found[True], said)  # it does not know the argument, or ignores it
+    out = render(tokenizer, messages[:-1], template, add_generation_prompt=True)  # nothing is said yet: a header
     return _bare(tokenizer, out) if isinstance(out, str) else out
 
 
@@ -243,17 +260,17 @@ def _wording(
             return prompt, True
         prompt = [{"role": "user", "content": prompt}]
     if not is_messages(prompt):
-        return _row(prompt), False
+        return id_row(prompt), False
     answered = prompt[-1].get("role") != "assistant" if add_generation_prompt is None else add_generation_prompt
     if answered:
         return render(tokenizer, prompt, template, add_generation_prompt=True), False
     return _open(tokenizer, prompt, template), False
 
 
-def _row(prompt: Any) -> list[int]:
+def id_row(prompt: Any) -> list[int]:
     "Ids as one row, or an error that says what they are instead."
     try:
-        ids = torch.as_tensor(prompt, device="cpu")
+        ids = torch.as_tensor(None if isinstance(prompt, Mapping) else prompt, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"A prompt is words, chat messages or ids, not a {type(prompt).__name__}; of a tokenizer's output, its input_ids."
@@ -270,9 +287,9 @@ def _row(prompt: Any) -> list[int]:
 def special_strings(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     "The special tokens that a written-out chat may begin with."
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    known = {*getattr(tokenizer, "all_special_tokens", []), *(str(t) for t in added if t.special)}
-    ends = {tokenizer.bos_token, tokenizer.eos_token}
-    return tuple(known - ({getattr(tokenizer, "unk_token", None), getattr(tokenizer, "pad_token", None)} - ends) - {""})
+    known: set[Any] = {*getattr(tokenizer, "all_special_tokens", []), *(str(t) for t in added if t.special)}
+    unk, pad, bos, eos = (getattr(tokenizer, f"{name}_token", None) for name in ("unk", "pad", "bos", "eos"))
+    return tuple(sorted(known - ({unk, pad} - {bos, eos}) - {""}))
 
 
 def chat_openings(
@@ -288,15 +305,16 @@ def chat_openings(
             continue
         text = out if isinstance(out, str) else str(tokenizer.decode(out))
         opening = text.partition(_MARK)[0] if _MARK in text else ""
-        found.add(opening.removeprefix(tokenizer.bos_token or "").strip())
+        found.add(opening.removeprefix(getattr(tokenizer, "bos_token", None) or "").strip())
     return tuple(sorted(opening for opening in found if len(opening) > 1))
 
 
 def _wants_template(tokenizer: "PreTrainedTokenizerBase", words: str, template: Template | None) -> bool:
     "Whether words are to be put into the chat template: there is one, and they are not in it already."
+    words = words.lstrip()
     if words.startswith(special_strings(tokenizer)) or not has_template(tokenizer, template):
         return False
-    return not words.lstrip().startswith(chat_openings(tokenizer, template))
+    return not words.startswith(chat_openings(tokenizer, template))
 
 # %% ../nbs/reference/prompts.ipynb #5009f3a2
 def prompt_ids(
@@ -334,7 +352,7 @@ def continuation_ids(
     text, special = _wording(tokenizer, prompt, chat, add_generation_prompt, template)
     asked = _prompt_row(tokenizer, text, special)
     if not isinstance(completion, str):
-        written: list[int] | None = _row(completion)
+        written: list[int] | None = id_row(completion)
     elif isinstance(text, str):
         written = _added(tokenizer, text, asked, completion, special)
         if written is None:
@@ -344,7 +362,9 @@ def continuation_ids(
                 "completion; or give the prompt as ids, and they stay as they are."
             )
     else:
-        written = _after_ids(tokenizer, asked, completion)
+        written = _said_in_code(tokenizer, prompt, completion, asked, template) or _after_ids(
+            tokenizer, asked, completion
+        )
     if not written:
         raise ValueError("A completion is empty: it needs at least one token to have a probability.")
     return asked, written
@@ -358,7 +378,27 @@ def _added(
     whole = _started(whole, added_tokens(tokenizer)[0]) if special else whole
     return whole[len(asked) :] if whole[: len(asked)] == asked else None
 
-# %% ../nbs/reference/prompts.ipynb #75ce5536
+# %% ../nbs/reference/prompts.ipynb #4edb563f
+def _said_in_code(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Any, completion: str, asked: list[int], template: Template | None
+) -> list[int]:  # none where the prompt is ids
+    "The tokens of `completion` where a chat format in code writes it as the assistant's words."
+    if not (isinstance(prompt, str) or is_messages(prompt)) or not completion:
+        return []
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    said = _last_text(chat[-1]) if chat[-1].get("role") == "assistant" else None
+    chat = (
+        [*chat, {"role": "assistant", "content": completion}]
+        if said is None
+        else [*chat[:-1], _ending(chat[-1], said + completion)]
+    )
+    try:
+        whole = _open(tokenizer, chat, template)
+    except ValueError:
+        return []
+    return list(whole[len(asked) :]) if not isinstance(whole, str) and whole[: len(asked)] == asked else []
+
+
 def _after_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], completion: str) -> list[int]:
     "The tokens of `completion` after `ids`, which stay as they are."
     if not completion:
@@ -367,9 +407,11 @@ def _after_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], completion:
         written = _added(tokenizer, context, _bare(tokenizer, context), completion)
         if written:
             return written
-    alone = _bare(tokenizer, completion)
-    if str(tokenizer.decode([*ids, *alone])) == str(tokenizer.decode(ids)) + completion:
-        return alone
+    wanted = str(tokenizer.decode(ids)) + completion
+    for before in ("", "\n", ":", "("):
+        written = _added(tokenizer, before, _bare(tokenizer, before) if before else [], completion)
+        if written and str(tokenizer.decode([*ids, *written])) == wanted:
+            return written
     raise ValueError(
         f"No tokens were found that write {completion!r} after the prompt's ids, which end in {tokenizer.decode(ids)[-20:]!r}: "
         "by themselves they would write something else there. Give the prompt as words or messages, or the completion as ids."
@@ -473,7 +515,7 @@ def text_ids(
 def prompt_length(
     tokenizer: "PreTrainedTokenizerBase",
     text: Text,
-    ids: list[int],  # of `text`
+    ids: Sequence[int],  # of `text`
     add_generation_prompt: bool | None = None,
     template: Template | None = None,
     chat: bool | None = None,
@@ -481,19 +523,29 @@ def prompt_length(
     "How many of a text's tokens are its prompt: those before the last message's content, or before a record's response."
     if record := as_record(text):
         asked, special = _wording(tokenizer, record[0], chat, add_generation_prompt, template)
-        return _shared(ids, _prompt_row(tokenizer, asked, special))
+        return shared_start(ids, _prompt_row(tokenizer, asked, special))
     if not is_messages(text):
         return None
     if text[-1].get("role") != "assistant" if add_generation_prompt is None else add_generation_prompt:
         return len(ids)
-    before: list[int] = []
     others = []
-    for word in ("0", "Z"):  # where two other contents part from it
-        other = _open(tokenizer, [*text[:-1], {**text[-1], "content": word}], template)
-        others.append(_shared(ids, _bare(tokenizer, other) if isinstance(other, str) else other))
+    for word in ("0", "Z", "a"):  # where other contents part from it
+        chat = [*text[:-1], {**text[-1], "content": word}]
+        other = (
+            _open(tokenizer, chat, template) if _is_jinja(tokenizer, template) else _closed(tokenizer, chat, template)
+        )
+        others.append(shared_start(ids, _bare(tokenizer, other) if isinstance(other, str) else other))
     return min(others)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def _closed(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None) -> str | list[int]:
+    "A conversation in a format in code, whatever follows its last content."
+    try:
+        return render(tokenizer, messages, template)
+    except ValueError:  # some refuse a closed turn of the assistant
+        return render(tokenizer, messages, template, continue_final_message=True)
+
+
+def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
     "How many ids both begin with."
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

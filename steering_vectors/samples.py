@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingSample', 'ReadTokenIndex', 'Truncation', 'SteeringVectorTrainingSample', 'as_text', 'as_sample', 'as_sets',
            'as_rows', 'read_position', 'EncodedText', 'EncodedPair', 'selected_positions', 'fit', 'Tokenized',
-           'tokenize_texts', 'encode_samples', 'tokenize_samples', 'encode_texts', 'read_places']
+           'tokenize_texts', 'read_places', 'tokenize_samples', 'encode_samples', 'encode_texts']
 
 # %% ../nbs/reference/samples.ipynb #83891540
 import operator
@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from steering_vectors.prompts import (
-    ChatMessages,
     Template,
     Text,
-    as_record,
     chat_openings,
     encoded_texts,
+    id_row,
     is_messages,
     prompt_length,
+    shared_start,
     special_strings,
-    text_ids,
-    texts_ids,
 )
+from .prompts import text_ids as text_ids  # tokenized here in earlier versions
+from .prompts import texts_ids as texts_ids
 from .tokens import Place, Tokens, select
 
 if TYPE_CHECKING:
@@ -55,28 +55,27 @@ def as_text(
 ) -> Text:  # records with the keys `prompt` and `response`, or as the conversation they are
     "The text that `text` spells."
     if isinstance(text, Mapping):
-        if is_messages(text.get("messages")):
-            return as_text(text["messages"], name)
+        for whole in ("messages", "text"):
+            if whole in text and not {*_PROMPTS, *_RESPONSES} & set(text):
+                return as_text(text[whole], name)
         asked, said = ([key for key in keys if key in text] for keys in (_PROMPTS, _RESPONSES))
         if len(asked) == len(said) == 1:
             return _answered(text[asked[0]], text[said[0]])
         raise TypeError(
-            f"{name} must have one prompt and one response, as {{'prompt': ..., 'response': ...}}; a conversation is a list "
-            f"of messages. It has the keys {', '.join(map(repr, text)) or 'of nothing'}."
+            f"{name} must have one prompt and one response, as {{'prompt': ..., 'response': ...}}, or be a string or a list "
+            f"of messages; it is a mapping with the keys {', '.join(map(repr, text))}."
         )
-    if isinstance(text, str) or is_messages(text) or _is_ids(text):
+    if isinstance(text, str):
         return text
-    raise TypeError(
-        f"{name} must be a string or a list of messages (role, content), a record of a prompt and its response, or token "
-        f"ids; it is {text!r:.80}."
-    )
-
-
-def _is_ids(text: Any) -> bool:
-    "Whether `text` is one row of token ids."
-    if isinstance(text, torch.Tensor):
-        return not text.is_floating_point() and text.dtype != torch.bool
-    return isinstance(text, Sequence) and len(text) > 0 and all(isinstance(i, int) and i is not True for i in text)
+    if is_messages(text):
+        return text
+    try:
+        return id_row(text)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be a string or a list of messages (role, content), a record of a prompt and its response, or "
+            f"one row of token ids; it is {text!r:.80}."
+        ) from None
 
 
 def _answered(
@@ -162,10 +161,12 @@ def as_rows(
         raise TypeError(
             f"Training samples are a list or another iterable of pairs; got {samples!r:.80}. One sample is a list of one."
         )
-    if hasattr(samples, "columns") and callable(getattr(samples, "to_dict", None)):  # pandas
-        return list(samples.to_dict("records"))
     if callable(getattr(samples, "iter_rows", None)):  # polars
         return list(samples.iter_rows(named=True))
+    if callable(getattr(samples, "to_pylist", None)):  # pyarrow
+        return list(samples.to_pylist())
+    if hasattr(samples, "columns") and callable(getattr(samples, "to_dict", None)):  # pandas
+        return list(samples.to_dict("records"))
     if not isinstance(samples, Mapping):
         return samples  # type: ignore[no-any-return]
     if {"chosen", "rejected"} <= set(samples):
@@ -266,12 +267,13 @@ class Tokenized:
     lost: int  # how many were cut from the beginning
     dropped: int  # start tokens that the tokenizer would have put in front of the text's own
     own: int | None  # where this text is read, whatever is asked
-    prompt_of: Callable[["Tokenized"], int]  # how many tokens of the whole text are its prompt
+    prompts: "_Prompts"  # knows how many tokens of the whole text are its prompt
+    other: "Tokenized | None" = None  # the other text of its pair
 
     @cached_property
     def prompt(self) -> int:
         "How many of `ids` are the prompt."
-        return min(max(self.prompt_of(self) - self.lost, 0), len(self.ids))
+        return min(max(self.prompts.length(self) - self.lost, 0), len(self.ids))
 
     def places(
         self,
@@ -297,6 +299,51 @@ def _own_number(index: Any, dropped: int, name: str) -> int:
         ) from None
     return number - dropped if number >= dropped else number
 
+# %% ../nbs/reference/samples.ipynb #072b8d58
+class _Prompts:
+    "Where prompts end, for the texts of one call."
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *how: Any):
+        self.tokenizer, self.how, self.warned = tokenizer, how, False
+
+    @cached_property
+    def openings(self) -> list[str]:
+        "What a turn may begin with."
+        return [*special_strings(self.tokenizer), *chat_openings(self.tokenizer, self.how[1])]
+
+    def length(self, text: Tokenized) -> int:
+        "How many tokens of `text` are its prompt."
+        known = prompt_length(self.tokenizer, text.text, text.whole, *self.how)
+        if known is not None:
+            return known
+        if text.other is None:
+            raise ValueError(f"{text.name} is one string, which does not tell where its prompt ends. Give {_SPELLED}.")
+        first = shared_start(text.whole, text.other.whole)
+        self._check(text, text.whole[first:], text.other.whole[first:])
+        return first
+
+    def _check(self, text: Tokenized, rest: list[int], others: list[int]) -> None:
+        "Refuse a beginning that is no prompt, since a turn follows; warn where the texts end alike."
+        words = str(self.tokenizer.decode(rest))
+        for opening in self.openings:
+            if opening in words and words.rpartition(opening)[2].strip():
+                raise ValueError(
+                    f"{text.name} differs from the other of its pair before {opening!r}, so what both begin with is not its "
+                    f"prompt, and what follows is more than its response. Give {_SPELLED}."
+                )
+        short = min(len(rest), len(others))
+        alike = min(shared_start(rest[::-1], others[::-1]), short)
+        if alike > short - alike and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{text.name} and the other of its pair end alike ({alike} tokens): in strings the prompt is what both begin "
+                f"with, and all of the rest counts as the response. If it is not, give {_SPELLED}.",
+                stacklevel=2,
+            )
+
+
+_SPELLED = "{'prompt': ..., 'response': ...} or a conversation in its place"
+
 # %% ../nbs/reference/samples.ipynb #77e9ef36
 def tokenize_texts(
     tokenizer: "PreTrainedTokenizerBase",
@@ -304,62 +351,67 @@ def tokenize_texts(
     names: Sequence[str],  # of each, for error messages
     max_length: int | None = None,  # most tokens a text may have
     truncation: Truncation | None = None,  # which end to cut from a longer text; None refuses it
-    own: Sequence[int | None] | None = None,  # where each is read, whatever is asked
-    paired: bool = False,  # whether each two texts in turn are a pair
     add_generation_prompt: bool
     | None = None,  # open an answer after a conversation; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template
     chat: bool | None = None,  # put a record's prompt into the chat template; None: where there is one
+    own: Sequence[int | None] | None = None,  # where each is read, whatever is asked
+    paired: bool = False,  # whether each two texts in turn are a pair
 ) -> list[Tokenized]:
     "Texts as ids, ready to be asked for places."
     texts = [as_text(text, name) for text, name in zip(texts, names, strict=True)]
-    encoded = encoded_texts(tokenizer, texts, add_generation_prompt, template, chat)
-    made: list[Tokenized] = []
-
-    def prompt_of(number: int) -> Callable[[Tokenized], int]:
-        def count(one: Tokenized) -> int:
-            known = prompt_length(tokenizer, one.text, one.whole, add_generation_prompt, template, chat)
-            return _parting(tokenizer, one, made[number ^ 1] if paired else None, template) if known is None else known
-
-        return count
-
-    for i, (text, name, (whole, dropped)) in enumerate(zip(texts, names, encoded, strict=True)):
-        ids = fit(whole, max_length, truncation, name)
+    how = (add_generation_prompt, template, chat)
+    prompts, made = _Prompts(tokenizer, *how), []
+    for i, (whole, dropped) in enumerate(encoded_texts(tokenizer, texts, *how)):
+        ids = fit(whole, max_length, truncation, names[i])
         lost = len(whole) - len(ids) if truncation == "left" else 0
-        made.append(Tokenized(text, name, whole, ids, lost, dropped, own[i] if own else None, prompt_of(i)))
+        made.append(Tokenized(texts[i], names[i], whole, ids, lost, dropped, own[i] if own else None, prompts))
+    for i, text in enumerate(made if paired else []):
+        text.other = made[i ^ 1]
     return made
 
-# %% ../nbs/reference/samples.ipynb #072b8d58
-def _parting(
-    tokenizer: "PreTrainedTokenizerBase", one: Tokenized, other: Tokenized | None, template: Template | None
-) -> int:
-    "How many tokens two strings begin with alike, refused where a turn begins after them."
-    spelled = '{"prompt": ..., "response": ...} instead of a string, or a conversation'
-    if other is None:
-        raise ValueError(f"{one.name} is a string, which does not tell where its prompt ends. Give {spelled}.")
-    a, b = one.whole, other.whole
-    first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    rest = str(tokenizer.decode(a[first:]))
-    openings = [*special_strings(tokenizer), *chat_openings(tokenizer, template)]
-    turn = next((opening for opening in openings if opening in rest and rest.rpartition(opening)[2].strip()), None)
-    if turn is not None:
-        raise ValueError(
-            f"{one.name} differs from the other of its pair before {turn!r}, so what both begin with is not its prompt, and "
-            f"what follows is not only its response. Give {spelled}."
-        )
-    ending = next(
-        (i for i, (x, y) in enumerate(zip(a[:first:-1], b[:first:-1], strict=False)) if x != y),
-        min(len(a), len(b)) - first,
-    )
-    if ending > min(len(a), len(b)) - first - ending > 0 and a > b:
-        warnings.warn(
-            f"{one.name} and the other of its pair part at token {first} and end alike ({ending} tokens): for strings the prompt "
-            f"is what both begin with, and all of the rest is read as the response. If it is not, give {spelled}.",
-            stacklevel=2,
-        )
-    return first
-
 # %% ../nbs/reference/samples.ipynb #f550b9d8
+def read_places(
+    texts: Sequence[Tokenized],
+    read_token_index: ReadTokenIndex = -1,  # the token to read, or a function of the text that gives it
+    read: Tokens | None = None,  # several tokens to average instead
+) -> list[EncodedText]:
+    "Tokenized texts with the positions to read."
+    encoded = [EncodedText(text.ids, text.places(read_token_index, read)) for text in texts]
+    for i, (text, places) in enumerate(zip(texts, encoded, strict=True)):
+        partner = encoded[0] if text.other is None else encoded[i ^ 1]
+        few, many = sorted((len(places.read), len(partner.read)))
+        if few != many and places.read[0] == 0:
+            warnings.warn(
+                f"{text.name} is read at its first token too, and averages {many} or {few} tokens where it is compared with one of "
+                f"the other number. In most models the first token's activation is many times longer than all others, so the "
+                "direction would be made by length. Leave it out: Tokens.all[1:]; or read what was said: Tokens.generated.",
+                stacklevel=2,
+            )
+            break
+    return encoded
+
+
+def tokenize_samples(
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: Iterable[TrainingSample],  # pairs, in any spelling
+    max_length: int | None = None,  # most tokens a text may have
+    truncation: Truncation | None = None,  # which end to cut from a longer text; None refuses it
+    start: int = 0,  # number of the first sample, for error messages
+    add_generation_prompt: bool
+    | None = None,  # open an answer after a conversation; None: unless the assistant has begun it
+    template: Template | None = None,  # arguments of the chat template
+    chat: bool | None = None,  # put a record's prompt into the chat template; None: where there is one
+) -> list[Tokenized]:  # positive and negative texts in turn
+    "The texts of many pairs, ready to be asked for places."
+    pairs = [as_sample(sample, f"Sample {start + i}") for i, sample in enumerate(as_rows(samples))]
+    texts = [text for pair in pairs for text in (pair.positive_str, pair.negative_str)]
+    own = [index for pair in pairs for index in (pair.read_positive_token_index, pair.read_negative_token_index)]
+    names = [f"The {side} text of sample {start + i}" for i in range(len(pairs)) for side in ("positive", "negative")]
+    how = (add_generation_prompt, template, chat)
+    return tokenize_texts(tokenizer, texts, names, max_length, truncation, *how, own=own, paired=True)
+
+
 def encode_samples(
     tokenizer: "PreTrainedTokenizerBase",
     samples: Iterable[TrainingSample],  # pairs, in any spelling
@@ -374,29 +426,9 @@ def encode_samples(
     chat: bool | None = None,  # put a record's prompt into the chat template; None: where there is one
 ) -> list[EncodedPair]:
     "The ids and read positions of every pair."
-    args = (max_length, truncation, start, add_generation_prompt, template, chat)
-    encoded = read_places(tokenize_samples(tokenizer, samples, *args), read_token_index, read)
+    how = (max_length, truncation, start, add_generation_prompt, template, chat)
+    encoded = read_places(tokenize_samples(tokenizer, samples, *how), read_token_index, read)
     return [EncodedPair(encoded[i], encoded[i + 1]) for i in range(0, len(encoded), 2)]
-
-
-def tokenize_samples(
-    tokenizer: "PreTrainedTokenizerBase",
-    samples: Iterable[TrainingSample],  # pairs, in any spelling
-    max_length: int | None = None,
-    truncation: Truncation | None = None,
-    start: int = 0,  # number of the first sample
-    add_generation_prompt: bool | None = None,
-    template: Template | None = None,
-    chat: bool | None = None,
-) -> list[Tokenized]:  # positive and negative texts in turn
-    "The texts of many pairs, ready to be asked for places."
-    pairs = [as_sample(sample, f"Sample {start + i}") for i, sample in enumerate(as_rows(samples))]
-    texts = [text for pair in pairs for text in (pair.positive_str, pair.negative_str)]
-    own = [index for pair in pairs for index in (pair.read_positive_token_index, pair.read_negative_token_index)]
-    names = [f"The {side} text of sample {start + i}" for i in range(len(pairs)) for side in ("positive", "negative")]
-    return tokenize_texts(
-        tokenizer, texts, names, max_length, truncation, own, True, add_generation_prompt, template, chat
-    )
 
 # %% ../nbs/reference/samples.ipynb #eea22105
 def encode_texts(
@@ -415,24 +447,6 @@ def encode_texts(
 ) -> list[EncodedText]:
     "The ids and read positions of the texts of one set."
     texts = list(texts)
-    names = [" ".join(["The", *([side] if side else []), f"text {start + i}"]) for i in range(len(texts))]
-    args = (max_length, truncation, None, False, add_generation_prompt, template, chat)
-    return read_places(tokenize_texts(tokenizer, texts, names, *args), read_token_index, read)
-
-
-def read_places(
-    texts: Sequence[Tokenized],
-    read_token_index: ReadTokenIndex = -1,  # the token to read, or a function of the text that gives it
-    read: Tokens | None = None,  # several tokens to average instead
-) -> list[EncodedText]:
-    "Tokenized texts with the positions to read."
-    encoded = [EncodedText(text.ids, text.places(read_token_index, read)) for text in texts]
-    sizes = {len(text.read) for text in encoded}
-    if len(sizes) > 1 and any(text.read[0] == 0 and len(text.read) > 1 for text in encoded):
-        warnings.warn(
-            f"{read!r} averages the first token with others over texts of unequal length ({min(sizes)} to {max(sizes)} tokens). "
-            "The first token's activation is many times longer than the others' in most models, so the direction would be made "
-            "by length. Leave it out: Tokens.all[1:]; or read what was said: Tokens.generated.",
-            stacklevel=2,
-        )
-    return encoded
+    names = [f"The {side} text {start + i}" if side else f"Text {start + i}" for i in range(len(texts))]
+    how = (max_length, truncation, add_generation_prompt, template, chat)
+    return read_places(tokenize_texts(tokenizer, texts, names, *how), read_token_index, read)
