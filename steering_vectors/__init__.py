@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "1.0.0"
 
 if TYPE_CHECKING:
+    from .aggregators import AccumulatingAggregator as AccumulatingAggregator
     from .aggregators import Aggregator as Aggregator
     from .aggregators import logistic_aggregator as logistic_aggregator
     from .aggregators import mean_aggregator as mean_aggregator
@@ -80,6 +81,7 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "train_steering_vector": "training",
     "SteeringVectorTrainingSample": "samples",
     "aggregate_activations": "aggregators",
+    "AccumulatingAggregator": "aggregators",
     "extract_activations": "extraction",
     "ablation_operator": "operators",
     "addition_operator": "operators",
