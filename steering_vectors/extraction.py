@@ -427,6 +427,7 @@ class Request:
     distributed: Distributed = None
     add_generation_prompt: bool | None = None
     template: Template | None = None
+    chat: bool | None = None
 
     @property
     def readings(self) -> dict[str, Reading]:
@@ -448,7 +449,7 @@ class Request:
         return {
             "layers": (self.layer_type, list(modules)),
             "tokens to read": {name: describe(reading) for name, reading in self.readings.items()},
-            "settings of the texts": (self.truncation, self.add_generation_prompt, self.template),
+            "settings of the texts": (self.truncation, self.add_generation_prompt, self.template, self.chat),
             "weights of the model": fingerprint(model),
         }
 
@@ -590,9 +591,17 @@ def encode_rows(
     names = [text_name(n, paired, start) for n in numbers]
     _check_own(own, request, start)
     texts = tokenize_texts(
-        tokenizer, [both[n] for n in numbers], names, longest, request.truncation, [own[n] for n in numbers], paired,
-        request.add_generation_prompt, request.template,
-    )  # fmt: skip
+        tokenizer,
+        [both[n] for n in numbers],
+        names,
+        longest,
+        request.truncation,
+        request.add_generation_prompt,
+        request.template,
+        request.chat,
+        own=[own[n] for n in numbers],
+        paired=paired,
+    )
     read: list[list[EncodedText]] = []
     for name, reading in request.readings.items():
         try:
@@ -830,7 +839,7 @@ def extract_activations(
     layer_type: LayerType = ..., layer_config: ModelLayerConfig | None = ..., move_to_cpu: bool = ...,
     read_token_index: ReadTokenIndex = ..., show_progress: bool = ..., batch_size: int | None = ..., tqdm_desc: str = ...,
     read: Tokens | None = ..., token_budget: int | None = ..., truncation: Truncation | None = ..., *,
-    distributed: Distributed = ..., add_generation_prompt: bool | None = ..., template: Template | None = ...,
+    distributed: Distributed = ..., add_generation_prompt: bool | None = ..., template: Template | None = ..., chat: bool | None = ...,
 ) -> Sides: ...  # fmt: skip
 
 
@@ -840,7 +849,7 @@ def extract_activations(
     layer_type: LayerType = ..., layer_config: ModelLayerConfig | None = ..., move_to_cpu: bool = ...,
     read_token_index: ReadTokenIndex = ..., show_progress: bool = ..., batch_size: int | None = ..., tqdm_desc: str = ..., *,
     read: Mapping[str, Reading], token_budget: int | None = ..., truncation: Truncation | None = ...,
-    distributed: Distributed = ..., add_generation_prompt: bool | None = ..., template: Template | None = ...,
+    distributed: Distributed = ..., add_generation_prompt: bool | None = ..., template: Template | None = ..., chat: bool | None = ...,
 ) -> dict[str, Sides]: ...  # fmt: skip
 
 
@@ -869,6 +878,7 @@ def extract_activations(
     add_generation_prompt: bool
     | None = None,  # open an answer after each conversation; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template: {"enable_thinking": False}
+    chat: bool | None = None,  # put a record's prompt into the chat template; None: where there is one
 ) -> Any:  # positive and negative activations, layer -> (n, d); by name where `read` has names
     "The activations of the positive and of the negative texts, by layer."
     request = Request(
@@ -885,6 +895,7 @@ def extract_activations(
         distributed,
         add_generation_prompt,
         template,
+        chat,
     )
     everyone, _, _ = read_together(
         model,

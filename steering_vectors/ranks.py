@@ -9,6 +9,7 @@ __all__ = ['T', 'logger', 'Distributed', 'WORD_AFTER', 'PATIENCE', 'Ranks', 'mee
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,7 +102,8 @@ class Ranks:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
+    shown = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # where an object lies is another place in every process
+    return hashlib.sha256(shown.encode()).hexdigest()
 
 # %% ../nbs/reference/ranks.ipynb #0d31f7f3
 Distributed = Union["ProcessGroup", Literal[False], None]  # who shares the samples; None: all processes that there are
@@ -232,10 +234,11 @@ def _spread(model: nn.Module) -> bool:
 # %% ../nbs/reference/ranks.ipynb #64ae4bc6
 def fingerprint(
     model: nn.Module,
-) -> str:  # "" where some weights are not in memory
+) -> str:  # "" where some weights are not in memory, or packed
     "The model's class and one number of each of its parameters."
-    weights = list(model.parameters())
-    if any(p.device.type == "meta" for p in weights):
+    weights = [p.detach() for p in model.parameters() if p.numel()]
+    try:
+        middle = [p[tuple(n // 2 for n in p.shape)].item() for p in weights]
+    except (RuntimeError, NotImplementedError, TypeError, IndexError):  # on the meta device; of a packed type
         return ""
-    middle = [p.detach()[tuple(n // 2 for n in p.shape)].item() for p in weights if p.numel()]
     return f"{type(model).__name__} {middle}"

@@ -20,6 +20,7 @@ from steering_vectors.aggregators import (
     aggregate_activations,
     check_aggregator,
     mean_aggregator,
+    unpaired,
 )
 from steering_vectors.extraction import (
     Collected,
@@ -130,7 +131,8 @@ def directions(
 ) -> tuple[dict[str, Found], Seen]:  # by reading; what the samples were
     "One direction for each layer and reading, and the median length of activations there."
     check_aggregator(aggregator)
-    _check_pairs(samples, aggregator)
+    if as_sets(samples) is not None:
+        aggregator = unpaired(aggregator)
 
     def sink(team: Ranks) -> Measured:
         inner = Accumulated(aggregator) if isinstance(aggregator, AccumulatingAggregator) else Collected()
@@ -163,15 +165,6 @@ def _aggregated(parts: list[Any], aggregator: Aggregator, home: Mapping[int, Any
     for n in home:  # one layer at a time is on the device
         found |= aggregate_activations({n: pos.pop(n).to(home[n])}, {n: neg.pop(n).to(home[n])}, aggregator)
     return found
-
-
-def _check_pairs(samples: Any, aggregator: Aggregator) -> None:
-    "Refuse an aggregator of pairs for samples that are none."
-    if getattr(aggregator, "needs_pairs", False) and as_sets(samples) is not None:
-        raise ValueError(
-            f"{describe(aggregator)} works on the differences of pairs, and two sets of texts have no pairs. Use mean_aggregator() "
-            "or logistic_aggregator(); or, if the texts are pairs in their order, pass list(zip(positive, negative))."
-        )
 
 
 def _not_all_zero(found: dict[int, Tensor], name: str) -> dict[int, Tensor]:
@@ -221,7 +214,7 @@ def train_steering_vector(
     read_token_index: ReadTokenIndex = ..., show_progress: bool = ..., aggregator: Aggregator = ...,
     batch_size: int | None = ..., tqdm_desc: str = ..., read: Tokens | None = ...,
     token_budget: int | None = ..., truncation: Truncation | None = ..., *, distributed: Distributed = ...,
-    add_generation_prompt: bool | None = ..., template: Template | None = ...,
+    add_generation_prompt: bool | None = ..., template: Template | None = ..., chat: bool | None = ...,
 ) -> SteeringVector: ...  # fmt: skip
 
 
@@ -232,7 +225,7 @@ def train_steering_vector(
     read_token_index: ReadTokenIndex = ..., show_progress: bool = ..., aggregator: Aggregator = ...,
     batch_size: int | None = ..., tqdm_desc: str = ..., *, read: Mapping[str, Reading],
     token_budget: int | None = ..., truncation: Truncation | None = ..., distributed: Distributed = ...,
-    add_generation_prompt: bool | None = ..., template: Template | None = ...,
+    add_generation_prompt: bool | None = ..., template: Template | None = ..., chat: bool | None = ...,
 ) -> dict[str, SteeringVector]: ...  # fmt: skip
 
 
@@ -262,6 +255,7 @@ def train_steering_vector(
     add_generation_prompt: bool
     | None = None,  # open an answer after each conversation; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template: {"enable_thinking": False}
+    chat: bool | None = None,  # put a record's prompt into the chat template; None: where there is one
 ) -> Any:  # a SteeringVector; where `read` has names, one for each of them
     "Train a steering vector on pairs of texts, or on two sets of them."
     request = Request(
@@ -278,6 +272,7 @@ def train_steering_vector(
         distributed,
         add_generation_prompt,
         template,
+        chat,
     )
     found, seen = directions(model, tokenizer, training_samples, request, aggregator, move_to_cpu)
     vectors = {}
