@@ -181,7 +181,7 @@ def _group_for_now() -> Iterator[Ranks]:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
-    name = _assemble(store, "launched", rank, range(world))
+    name = _assemble(store, "launched", rank, range(world), PATIENCE)
     dist.init_process_group("gloo", store=PrefixStore(name, store), rank=rank, world_size=world)
     try:
         yield Ranks(rank, world)
@@ -189,7 +189,7 @@ def _group_for_now() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _assemble(store: Any, name: str, rank: int, members: Sequence[int], patience: float = PATIENCE) -> str:
+def _assemble(store: Any, name: str, rank: int, members: Sequence[int], patience: float) -> str:
     "Meet, and return a name for this meeting."
     logger.info(
         "Samples are shared out by %d processes, and each of them must make this call; distributed=False stays alone",
