@@ -31,7 +31,7 @@ def is_messages(text: Any) -> TypeGuard[ChatMessages]:
         isinstance(text, Sequence)
         and not isinstance(text, str)
         and len(text) > 0
-        and all(isinstance(message, Mapping) for message in text)
+        and all(isinstance(message, Mapping) and "role" in message for message in text)
     )
 
 
@@ -100,10 +100,10 @@ def _apply(
     tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, **how: Any
 ) -> str | list[int]:  # text from a Jinja template, ids from a format in code
     "What the tokenizer makes of a conversation."
-    args = dict(template or {})
-    jinja = _is_jinja(tokenizer, template)
-    chat: Any = [dict(message) for message in messages]
-    out: Any = tokenizer.apply_chat_template(chat, **({"tokenize": False} if jinja else {}), **how, **args)
+    if _is_jinja(tokenizer, template):
+        how["tokenize"] = False
+    apply: Any = tokenizer.apply_chat_template
+    out = apply([dict(message) for message in messages], **how, **(template or {}))
     if isinstance(out, str):
         return out
     out = out["input_ids"] if isinstance(out, Mapping) else out
@@ -120,28 +120,33 @@ def _parts(message: Mapping[str, Any]) -> list[str] | None:  # None: not text al
     return [str(p["text"]) for p in content]
 
 
+def _takes(tokenizer: "PreTrainedTokenizerBase", template: Template | None, content: Any) -> str | list[int] | None:
+    "What the format makes of a content; None where it loses it, or writes the list itself."
+    try:
+        out = _apply(tokenizer, [{"role": "user", "content": content}], template)
+    except Exception:  # Jinja's, the tokenizer's own, or Python's inside a template
+        return None
+    lost = isinstance(out, str) and (_MARK not in out or (not isinstance(content, str) and str(content) in out))
+    return None if lost else out
+
+
 def _respelled(
     tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None
 ) -> list[dict[str, Any]]:
     "The same messages, with contents as strings or in parts: what the format takes."
-    made: list[str | list[int] | None] = []
-    both: list[Any] = [_MARK, [{"type": "text", "text": _MARK}]]
-    for content in both:
-        try:
-            made.append(_apply(tokenizer, [{"role": "user", "content": content}], template))
-        except Exception:  # Jinja's, the tokenizer's own, or Python's inside a template
-            made.append(None)
-    written, parts = made
-    takes_strings = isinstance(written, list) or (written is not None and _MARK in written)
-    takes_parts = parts is not None and parts == written
-    if isinstance(parts, str):
-        takes_parts = _MARK in parts and str(both[1]) not in parts
+    strings = {isinstance(message.get("content"), str) for message in messages if _parts(message) is not None}
+    by_string = _takes(tokenizer, template, _MARK)
+    if strings <= {True} and by_string is not None:
+        return [dict(message) for message in messages]
+    by_parts = _takes(tokenizer, template, [{"type": "text", "text": _MARK}])
+    if isinstance(by_parts, list) and by_string is not None and by_parts != by_string:
+        by_parts = None  # a format in code that writes the list itself
     spelled = []
     for message in messages:
         texts, is_string = _parts(message), isinstance(message.get("content"), str)
-        if texts is not None and is_string and takes_parts and not takes_strings:
+        if texts is not None and is_string and by_string is None and by_parts is not None:
             message = {**message, "content": [{"type": "text", "text": text} for text in texts]}
-        elif texts is not None and not is_string and takes_strings and not takes_parts:
+        elif texts is not None and not is_string and by_parts is None:
             message = {**message, "content": "".join(texts)}
         spelled.append(dict(message))
     return spelled
@@ -306,7 +311,7 @@ def chat_openings(
         text = out if isinstance(out, str) else str(tokenizer.decode(out))
         opening = text.partition(_MARK)[0] if _MARK in text else ""
         found.add(opening.removeprefix(getattr(tokenizer, "bos_token", None) or "").strip())
-    return tuple(sorted(opening for opening in found if len(opening) > 1))
+    return tuple(sorted(o for o in found if len(o) > 1 and not o.isalnum()))  # letters alone are a word like any other
 
 
 def _wants_template(tokenizer: "PreTrainedTokenizerBase", words: str, template: Template | None) -> bool:
@@ -528,22 +533,23 @@ def prompt_length(
         return None
     if text[-1].get("role") != "assistant" if add_generation_prompt is None else add_generation_prompt:
         return len(ids)
-    others = []
-    for word in ("0", "Z", "a"):  # where other contents part from it
-        chat = [*text[:-1], {**text[-1], "content": word}]
-        other = (
-            _open(tokenizer, chat, template) if _is_jinja(tokenizer, template) else _closed(tokenizer, chat, template)
-        )
-        others.append(shared_start(ids, _bare(tokenizer, other) if isinstance(other, str) else other))
-    return min(others)
+    words = ("0", "Z", "a")  # the answer is what parts from other answers
+
+    def said(word: str) -> ChatMessages:
+        return [*text[:-1], {**text[-1], "content": word}]
+
+    if isinstance(header := _open(tokenizer, said("0"), template) if _is_jinja(tokenizer, template) else [], str):
+        return min(shared_start(ids, _bare(tokenizer, header[:-1] + word)) for word in words)
+    return min(shared_start(ids, _closed(tokenizer, said(word), template)) for word in words)
 
 
-def _closed(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None) -> str | list[int]:
+def _closed(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None) -> list[int]:
     "A conversation in a format in code, whatever follows its last content."
     try:
-        return render(tokenizer, messages, template)
+        out = render(tokenizer, messages, template)
     except ValueError:  # some refuse a closed turn of the assistant
-        return render(tokenizer, messages, template, continue_final_message=True)
+        out = render(tokenizer, messages, template, continue_final_message=True)
+    return _bare(tokenizer, out) if isinstance(out, str) else out
 
 
 def shared_start(a: Sequence[int], b: Sequence[int]) -> int:

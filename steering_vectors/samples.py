@@ -54,6 +54,8 @@ def as_text(
     name: str = "This text",  # begins the error message
 ) -> Text:  # records with the keys `prompt` and `response`, or as the conversation they are
     "The text that `text` spells."
+    if isinstance(text, Mapping) and "role" in text:
+        return [text]
     if isinstance(text, Mapping):
         for whole in ("messages", "text"):
             if whole in text and not {*_PROMPTS, *_RESPONSES} & set(text):
@@ -86,7 +88,7 @@ def _answered(
     if isinstance(answer, Mapping) and "role" in answer:
         answer = [answer]
     if prompt is None or isinstance(answer, Mapping):
-        return as_text(answer)
+        return answer  # type: ignore[no-any-return]  # a text of its own
     if not is_messages(answer):
         return {"prompt": prompt, "response": answer}
     before = list(prompt) if is_messages(prompt) else [{"role": "user", "content": prompt}]
@@ -145,7 +147,7 @@ def as_sets(
     for pos, neg in _SIDES[:2]:
         if pos in samples and neg in samples:
             for key in (pos, neg):
-                if isinstance(samples[key], str | Mapping) or is_messages(samples[key]) and "role" in samples[key][0]:
+                if isinstance(samples[key], str | Mapping) or is_messages(samples[key]):
                     raise TypeError(
                         f"{key!r} is one text where a list of them is wanted. One sample is a list of one: [sample]."
                     )
@@ -380,12 +382,11 @@ def read_places(
     encoded = [EncodedText(text.ids, text.places(read_token_index, read)) for text in texts]
     for i, (text, places) in enumerate(zip(texts, encoded, strict=True)):
         partner = encoded[0] if text.other is None else encoded[i ^ 1]
-        few, many = sorted((len(places.read), len(partner.read)))
-        if few != many and places.read[0] == 0:
+        if len(places.read) != len(partner.read) and 0 in (places.read[0], partner.read[0]):
             warnings.warn(
-                f"{text.name} is read at its first token too, and averages {many} or {few} tokens where it is compared with one of "
-                f"the other number. In most models the first token's activation is many times longer than all others, so the "
-                "direction would be made by length. Leave it out: Tokens.all[1:]; or read what was said: Tokens.generated.",
+                f"{text.name} averages {len(places.read)} tokens, the first among them, and is compared with a text that averages "
+                f"{len(partner.read)}. In most models the first token's activation is many times longer than all others, so such a "
+                "direction is made by length. Leave it out: Tokens.all[1:]; or read what was said: Tokens.generated.",
                 stacklevel=2,
             )
             break

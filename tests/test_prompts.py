@@ -105,6 +105,16 @@ def test_an_unknown_word_is_no_beginning_of_a_chat() -> None:
     assert read(tokenizer, prompt_ids(tokenizer, "a b")) == "<s> user : a b </s> assistant :"
 
 
+def test_letters_alone_are_a_word_and_no_opening() -> None:
+    template = PLAIN.replace(
+        "{{ bos_token }}{% for m in messages %} {{ m.role }}", "{% for m in messages %}<s> {{ m.role }}"
+    )
+    tokenizer = words((), (), template)  # the start token is what a turn begins with, as in SmolLM 2
+    assert read(tokenizer, prompt_ids(tokenizer, "user a")).endswith("<s> user : user a </s> assistant :")
+    assert read(tokenizer, prompt_ids(tokenizer, "<s> user : a")) == "<s> user : a"
+    assert read(tokenizer, prompt_ids(tokenizer, "user : a")) == "user : a"
+
+
 # A conversation is continued or answered
 
 
