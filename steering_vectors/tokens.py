@@ -475,17 +475,17 @@ def _fields(prompt: Any) -> dict[str, Any]:
 
 def _rows_of_ids(said: Mapping[str, Any]) -> tuple[list[Tensor] | None, list[int]]:
     "The ids of a prompt, if there are any, and the length of each row."
-    if said.get("input_ids") is not None:
-        rows = _rows(said["input_ids"])
-        if any(row.is_floating_point() or _is_bool(row) for row in rows):
-            raise TypeError(
-                f"prompt= holds {rows[0].dtype}, and token ids are whole numbers. Pass the ids given to the model."
-            )
-        return rows, [len(row) for row in rows]
-    embeddings: Any = said.get("inputs_embeds")
-    if getattr(embeddings, "ndim", 0) != 3:
+    embeddings = said.get("inputs_embeds")
+    if said.get("input_ids") is None and isinstance(embeddings, Tensor) and embeddings.ndim == 3:
+        return None, [embeddings.shape[1]] * len(embeddings)
+    if "input_ids" not in said:
         raise ValueError(f"prompt= has no input_ids; it has {list(said)}. Pass what the model is given.")
-    return None, [embeddings.shape[1]] * len(embeddings)
+    rows = _rows(said["input_ids"])
+    if any(row.is_floating_point() or _is_bool(row) for row in rows):
+        raise TypeError(
+            f"prompt= holds {rows[0].dtype}, and token ids are whole numbers. Pass the ids given to the model."
+        )
+    return rows, [len(row) for row in rows]
 
 
 def _rows_of_mask(said: Mapping[str, Any], lengths: list[int]) -> list[Tensor] | None:

@@ -406,7 +406,12 @@ def test_another_default_device(how: Any) -> None:
     def everything() -> list[Any]:
         chosen = as_selection(**how) if isinstance(how, dict) else as_selection(tokens=how)
         said = Prompt.of({"input_ids": [[0, 5, 7], [3, 4, 5]], "attention_mask": [[0, 1, 1], [1, 1, 1]]}).for_rows(4)
-        found: list[Any] = [said.lengths.tolist(), said.real.tolist(), said.ids.tolist(), Prompt.of([[1], [2, 3]]).lengths.tolist()]  # type: ignore[union-attr]
+        found: list[Any] = [
+            said.lengths.tolist(),
+            said.real.tolist(),
+            said.ids.tolist(),
+            Prompt.of([[1], [2, 3]]).lengths.tolist(),
+        ]  # type: ignore[union-attr]
         ids = torch.cat([said.ids, said.ids + 1], 1)  # type: ignore[list-item, operator]
         for real in (said.real, None):
             for start, length in [(0, 6), (2, 3), (4, 1), (torch.tensor(4, device="cpu"), 1)]:
