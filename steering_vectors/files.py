@@ -6,9 +6,9 @@
 __all__ = ['TEXTS', 'COUNTS', 'OPEN', 'OURS', 'KNOWN', 'DTYPES', 'FORMAT_VERSION', 'LAYER_NUMBER', 'TENSOR_NAME', 'BEGINNINGS',
            'WORDS', 'CARD', 'SUFFIXES', 'Provenance', 'is_finite', 'check_fields', 'check_layer_numbers',
            'check_tensors', 'write_header', 'unique_keys', 'not_json', 'finite', 'read_json', 'parse_header',
-           'read_header', 'read_norms', 'checksum', 'write_atomically', 'save_file', 'VectorFile', 'read_tensors',
-           'kind_of', 'kind_of_zip', 'what_it_is', 'load_file', 'as_layers', 'check_sum', 'card_table', 'model_card',
-           'local_path', 'read_folder', 'with_config', 'VectorFolder']
+           'read_header', 'read_norms', 'checksum', 'write_atomically', 'save_file', 'VectorFile', 'read_texts',
+           'read_tensors', 'kind_of', 'kind_of_zip', 'what_it_is', 'load_file', 'as_layers', 'check_sum', 'card_table',
+           'model_card', 'local_path', 'read_folder', 'with_config', 'VectorFolder']
 
 # %% ../nbs/reference/files.ipynb #474374cb
 import hashlib
@@ -313,13 +313,25 @@ class VectorFile(NamedTuple):
     provenance: Provenance  # their story
 
 # %% ../nbs/reference/files.ipynb #591e32b4
+def read_texts(
+    path: str | os.PathLike[str],  # any file
+) -> tuple[list[str], dict[str, str]]:  # names of tensors, and the texts beside them
+    "What a safetensors file says of itself, without its tensors, if that is what it is."
+    try:
+        with safe_open(path, framework="pt", device="cpu") as f:
+            return sorted(f.keys()), f.metadata() or {}
+    except SafetensorError:
+        raise ValueError(f"{what_it_is(path)}.") from None
+
+
 def read_tensors(
     path: str | os.PathLike[str],  # any file
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors by name, and the texts beside them
     "The tensors and texts of a safetensors file, if that is what it is."
+    names, texts = read_texts(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as f:
-            return {name: f.get_tensor(name).clone() for name in sorted(f.keys())}, f.metadata() or {}
+            return {name: f.get_tensor(name).clone() for name in names}, texts
     except SafetensorError:
         raise ValueError(f"{what_it_is(path)}.") from None
 
@@ -376,7 +388,6 @@ WORDS = {
     "that made it and save the tensors alone",
     "web page": "it is a web page, and not the file that the page is about",
     "zip": "it is a zip archive, of neither PyTorch nor numpy",
-    "empty": "it is empty: damaged, or not a safetensors file",
 }
 
 
@@ -394,15 +405,15 @@ def load_file(
     if os.path.isdir(path):
         raise ValueError(f"{os.fspath(path)} is a folder: read it with `SteeringVector.from_pretrained`.")
     try:
-        tensors, texts = read_tensors(path)
+        names, texts = read_texts(path)
         if "steering_vector" not in texts:
             raise ValueError(
-                f"it holds {', '.join([*tensors][:3]) or 'nothing'} and no `steering_vector` header. "
+                f"it holds {', '.join(names[:3]) or 'nothing'} and no `steering_vector` header. "
                 "`SteeringVector.from_file` reads vectors that other programs wrote."
             )
         header = parse_header(texts["steering_vector"])
         layer_type, story = read_header(texts["steering_vector"])
-        layers = as_layers(tensors)
+        layers = as_layers(read_tensors(path)[0])
         check_layer_numbers(layers, story.num_layers)
         check_tensors(layers, story.hidden_size)
         check_sum(header, texts, layers)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .baking import bake
 from .exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
 from .files import Provenance, VectorFile, VectorFolder, load_file, save_file
+from .foreign import Convention, read_vector_file
 from .layers import LayerType, ModelLayerConfig, _spans, check_layer_type
 from .operators import PatchDeltaOperator
 from .steering import SteeringPatchHandle, prepare_steering
@@ -147,6 +148,18 @@ class SteeringVector:
     def load(cls, path: str | os.PathLike[str]) -> "SteeringVector":
         "Read a vector that `save` wrote."
         return cls(*load_file(path))
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],  # a file of any program, recognised by its content
+        layers: int | Iterable[int] | None = None,  # numbers as the file counts them; None: all it has
+        convention: Convention | None = None,  # what they count: block_output, block_input or hidden_states
+        layer_type: LayerType | None = None,  # the part of the block, where the file does not tell
+        name: str | None = None,  # which tensor, where the file has several
+    ) -> "SteeringVector":
+        "Read a vector from a file that another program wrote: PyTorch, numpy, JSON, safetensors, GGUF."
+        return cls(*read_vector_file(path, layers, convention, layer_type, name))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
         "Write a folder with the vector and a card; `options` as in huggingface_hub's `ModelHubMixin`."
