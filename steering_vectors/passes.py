@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from .calls import cache_length, cache_parameter, columns_in_front, find_cache, prompt_adapter, returned
 from .hooks import by_token, get_hidden, read_output
 from .layers import unwrap
 from .packing import Row, ancestor_mask, block_mask, blocks
@@ -56,7 +57,8 @@ class Pass(NamedTuple):
 
 def _pass(inputs: dict[str, Any], wanted: list[tuple[int, int, list[int]]], attention: Any = None) -> Pass:
     "A `Pass` from the text, row and columns of everything wanted."
-    places = torch.tensor([(row, col) for _, row, cols in wanted for col in cols]).T.to(inputs["input_ids"].device)
+    device = inputs["input_ids"].device
+    places = torch.tensor([(row, col) for _, row, cols in wanted for col in cols], device=device).T
     counts = [len(cols) for _, _, cols in wanted]
     return Pass(inputs, places[0], places[1], [number for number, _, _ in wanted], counts, attention)
 
@@ -66,13 +68,13 @@ def padded_pass(
     device: torch.device | str = "cpu",
 ) -> Pass:
     "Texts side by side, padded on the right, with explicit positions."
-    lengths = torch.tensor([len(text.ids) for text in texts.values()])
-    s = int(lengths.max())
-    ids = torch.tensor([text.ids + text.ids[-1:] * (s - len(text.ids)) for text in texts.values()])
-    positions = torch.arange(s).expand(len(texts), s)
+    lengths = torch.tensor([len(text.ids) for text in texts.values()], device=device)
+    s = max(len(text.ids) for text in texts.values())
+    ids = torch.tensor([text.ids + text.ids[-1:] * (s - len(text.ids)) for text in texts.values()], device=device)
+    positions = torch.arange(s, device=device).expand(len(texts), s)
     inputs = {"input_ids": ids, "attention_mask": (positions < lengths[:, None]).long(), "position_ids": positions}
     wanted = [(number, row, text.read) for row, (number, text) in enumerate(texts.items())]
-    return _pass({name: value.to(device) for name, value in inputs.items()}, wanted)
+    return _pass(inputs, wanted)
 
 # %% ../nbs/reference/passes.ipynb #0cd5fd02
 class Quicker(TorchFunctionMode):
@@ -120,7 +122,7 @@ def inner_model(
     model: nn.Module,  # maybe wrapped
 ) -> nn.Module:
     "The model without its head and wrappers, where that computes the same activations."
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if prompt_adapter(model) is not None:
         return model  # its wrapper adds tokens of its own
     plain = unwrap(model)[0]
     pretrained = any(parent.__name__ == "PreTrainedModel" for parent in type(plain).__mro__)
@@ -156,6 +158,7 @@ class PassReader:
         shortcut: "Shortcut | None" = None,  # a cheaper end of the last module, where it is a block
     ):
         self.model, self.modules, self.leave, self.shortcut = model, modules, leave, shortcut
+        self.front = columns_in_front(model)  # before those of the ids
         self._now: Pass | None = None
         self._thread: int | None = None  # whose passes are read; other threads may use the model meanwhile
         self._taken: dict[int, Tensor] = {}
@@ -205,12 +208,11 @@ class PassReader:
         now = self._now
         assert now is not None
         b, s = now.inputs["input_ids"].shape
-        if h.ndim == 3 and h.shape[0] == b != s and h.shape[1] > s and h.shape[1] % s:
-            h = h[:, -s:]  # the model puts tokens of its own in front; a multiple of s would be other streams
-        elif h.ndim == 3 and "XLNet" in type(self.model).__name__:
+        if h.ndim == 3 and "XLNet" in type(self.model).__name__:
             h = h.transpose(0, 1)  # tokens come first, which a batch of as many rows as tokens would not show
-        by_row, _ = by_token(h, b, s)
-        wanted = by_row.view(b, s, -1, h.shape[-1])[now.rows.to(h.device), now.cols.to(h.device)]
+        by_row, _ = by_token(h, b, self.front + s)
+        own = by_row.view(b, self.front + s, -1, h.shape[-1])[:, self.front :]
+        wanted = own[now.rows.to(h.device), now.cols.to(h.device)]
         return wanted[:, 0] if wanted.shape[1] == 1 else wanted.mean(1)  # a few families keep several streams a token
 
     def _read_early(self, layer: int, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -369,17 +371,23 @@ def continued_pass(
     mask, b = torch.ones_like(first), len(texts)
     positions = torch.arange(shared, device=device)[None]
     begin = {"input_ids": first, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-    name = "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache_params"
-    cache = getattr(model(**_known_inputs(model, begin)), name)
+    name, cache = _kept_cache(model, model(**_known_inputs(model, begin)))
     cache.reorder_cache(torch.zeros(b, dtype=torch.long, device=device))
-    rest_mask = now.inputs[
-        "attention_mask"
-    ]  # a pure state-space model masks what it is given, and has no columns before
+    before = [] if cache_length(cache) is None else [mask.expand(b, -1)]  # a pure state-space model has no columns before
     inputs = {
         **now.inputs,
-        "attention_mask": rest_mask if name == "cache_params" else torch.cat([mask.expand(b, -1), rest_mask], 1),
+        "attention_mask": torch.cat([*before, now.inputs["attention_mask"]], 1),
         "position_ids": now.inputs["position_ids"] + shared,
-        name: cache,
+        cache_parameter(model, name): cache,
         "use_cache": True,
     }
     return now._replace(inputs=inputs)
+
+
+def _kept_cache(model: nn.Module, output: Any) -> tuple[str, Any]:
+    "The cache that a pass has left, and its name; it must be one whose rows can be repeated."
+    name, cache = find_cache(returned(output)) or ("", None)
+    if not hasattr(cache, "reorder_cache"):
+        what = "no cache that is recognised" if cache is None else f"a {type(cache).__name__}, whose rows cannot be repeated"
+        raise ValueError(f"{type(model).__name__} returned {what}, so a common beginning cannot be run first.")
+    return name, cache

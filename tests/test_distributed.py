@@ -119,3 +119,139 @@ def test_ranks_with_samples_of_their_own_are_found_out(tmp_path: Path) -> None:
     "Each rank was given its half already, as a distributed sampler would do."
     done = run(tmp_path, "torchrun", broken='import os; pairs = pairs[int(os.environ["RANK"]) :: 2]')
     assert done.returncode and "was given other samples than rank" in done.stderr
+
+
+def launch(folder: Path, code: str) -> str:
+    "What two processes, started by torchrun, print; each runs `code` with `rank`, a tiny model and a few pairs at hand."
+    head = """
+    import json, logging, os, sys, time, torch
+    import torch.distributed as dist
+    from steering_vectors import Tokens, extract_activations, pca_aggregator, mean_aggregator, train_steering_vector
+    from steering_vectors import extraction, ranks
+    from steering_vectors.demo import tiny_model, tiny_tokenizer
+
+    rank = int(os.environ["RANK"])
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    pairs = [(f"{i} is fine", f"{i} is a sad number") for i in range(11)]
+    sets = {"positive": [f"{i} is fine" for i in range(11)], "negative": ["bad", "so very bad", "worse"]}
+    read = []
+    model.model.layers[0].register_forward_hook(lambda *_: read.append(1))
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("steering_vectors").addHandler(handler)
+    logging.getLogger("steering_vectors").setLevel(logging.INFO)
+
+    def train(samples, **how):
+        return train_steering_vector(model, tokenizer, samples, **how)
+
+    def same(a, b):
+        return all(torch.allclose(a.layer_activations[n], v, atol=1e-5) for n, v in b.layer_activations.items())
+
+    def refused(words, kind, call):
+        read.clear()
+        try:
+            call()
+        except kind as error:
+            assert words in str(error), error
+            assert not read, "refused before anything is read"
+        else:
+            raise AssertionError(f"not refused: {words}")
+    """
+    script = folder / "work.py"
+    script.write_text(textwrap.dedent(head) + textwrap.dedent(code) + "\nprint(f'rank {rank} is done')\n")
+    root = str(Path(__file__).resolve().parents[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", *LAUNCHERS["torchrun"], "--master_port", port(), str(script)]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout
+    return done.stderr
+
+
+def test_processes_that_nobody_has_set_up_share_or_stay_alone(tmp_path: Path) -> None:
+    launch(tmp_path, """
+    # a farm: each process its own vectors, and not equally many
+    own = [train(pairs[rank::2], distributed=False) for _ in range(1 + rank)]
+    assert own[0].provenance.num_pairs == len(pairs[rank::2]) and not lines[-1].startswith("Samples are shared")
+    acts, _ = extract_activations(model, tokenizer, pairs[: 3 + rank], distributed=False)
+    assert len(acts[0]) == 3 + rank and not dist.is_initialized()
+
+    # left out, all share, and one line of the log tells it
+    lines.clear()
+    shared = train(pairs)
+    assert sum("Samples are shared out by 2 processes" in line and "distributed=False" in line for line in lines) == 1
+    assert same(shared, train(pairs, distributed=False)) and not dist.is_initialized()
+
+    # a farm that forgot to say so is refused before anything is read
+    refused("given other samples", ValueError, lambda: train(pairs[rank::2]))
+    refused("given other layers", ValueError, lambda: train(pairs, layers=[rank]))
+    refused("given other tokens to read", ValueError, lambda: train(pairs, read_token_index=-1 - rank))
+    refused("given other aggregator", ValueError, lambda: train(pairs, aggregator=[mean_aggregator(), pca_aggregator()][rank]))
+    refused("pass distributed=False", ValueError, lambda: train(pairs, truncation=["left", "right"][rank]))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1 + rank)
+    refused("given other weights of the model", ValueError, lambda: train(pairs))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.div_(1 + rank)
+    assert same(train(pairs), shared)
+
+    # what may differ from process to process
+    assert same(train(pairs, show_progress=rank == 0, batch_size=1 + rank, move_to_cpu=True), shared)
+    tools = {"tools": [lambda: None]}
+    train(pairs, template=tools)
+
+    # one process alone
+    ranks.PATIENCE, ranks.WORD_AFTER = 1.5, 0.2
+    if rank == 0:
+        lines.clear()
+        refused("for rank 1. Samples are shared out", RuntimeError, lambda: train(pairs))
+        assert any("Rank 0 waits for rank 1" in line for line in lines)
+    else:
+        time.sleep(3)
+    ranks.PATIENCE = 60
+    assert same(train(pairs), shared)
+    """)  # fmt: skip
+
+
+def test_a_process_group_is_used_as_it_is(tmp_path: Path) -> None:
+    launch(tmp_path, """
+    dist.init_process_group("gloo")
+    alone = train(pairs, distributed=False)
+    if rank == 0:  # as people write it
+        assert same(train(pairs, distributed=False), alone)
+    for group in (None, dist.group.WORLD):
+        assert same(train(pairs, distributed=group), alone)
+
+    mine = [dist.new_group([0]), dist.new_group([1])]
+    assert same(train(pairs[: 2 + rank], distributed=mine[rank]), train(pairs[: 2 + rank], distributed=False))
+    refused("not in the group", ValueError, lambda: train(pairs, distributed=mine[1 - rank]))
+    refused("distributed= takes False", TypeError, lambda: train(pairs, distributed=True))
+    refused("distributed= takes False", TypeError, lambda: extract_activations(model, tokenizer, pairs, distributed="gloo"))
+
+    # one process alone waits no longer than its patience, and both meet again
+    ranks.PATIENCE = 1.0
+    if rank == 0:
+        refused("distributed=False", RuntimeError, lambda: train(pairs))
+    dist.barrier()
+    ranks.PATIENCE = 60
+    assert same(train(pairs), alone)
+
+    # sets without pairs, several readings, windows that end unevenly
+    extraction.WINDOW = 4
+    for how in ({}, {"aggregator": lambda pos, neg: pos.mean(0) - neg[0]}):
+        vector = train(sets, **how)
+        assert same(vector, train(sets, distributed=False, **how))
+        assert (vector.provenance.num_positive, vector.provenance.num_negative) == (11, 3)
+    both, one = (extract_activations(model, tokenizer, sets, distributed=d) for d in (None, False))
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for a, b in zip(both, one) for n in a) and len(both[1][0]) == 3
+    where = {"before the last": -2, "all": Tokens.all[1:]}
+    both, one = (train(pairs, read=where, aggregator=pca_aggregator(), distributed=d) for d in (None, False))
+    assert list(both) == ["before the last", "all"] and all(same(both[name], one[name]) for name in one)
+
+    # a model that all processes hold together cannot be shared out
+    model.model.layers[0].mlp.up_proj.weight._is_flat_param = True
+    refused("spread over the processes", ValueError, lambda: train(pairs, distributed=dist.group.WORLD))
+    assert same(train(pairs[: 1 + rank]), train(pairs[: 1 + rank], distributed=False))
+    dist.destroy_process_group()
+    """)  # fmt: skip

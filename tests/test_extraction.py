@@ -366,7 +366,7 @@ def test_a_failing_tokenizer_and_a_failing_iterable() -> None:
     class Broken:
         bos_token = chat_template = None
 
-        def __call__(self, texts: Any) -> Any:
+        def __call__(self, texts: Any, **how: Any) -> Any:
             raise RuntimeError("no vocabulary")
 
     with pytest.raises(RuntimeError, match="no vocabulary"):
