@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .effects import text_loss as text_loss
     from .extraction import extract_activations as extract_activations
     from .files import Provenance as Provenance
+    from .layers import FoundLayers as FoundLayers
     from .layers import LayerMatcher as LayerMatcher
     from .layers import LayerType as LayerType
     from .layers import ModelLayerConfig as ModelLayerConfig
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .plots import plot_shift as plot_shift
     from .plots import plot_similarity as plot_similarity
     from .plots import plot_tokens as plot_tokens
+    from .recording import Recording as Recording
     from .recording import record_activations as record_activations
     from .samples import SteeringVectorTrainingSample as SteeringVectorTrainingSample
     from .steering import SteeringPatchHandle as SteeringPatchHandle
@@ -84,6 +86,8 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "addition_operator": "operators",
     "ablation_then_addition_operator": "operators",
     "find_layers": "layers",
+    "FoundLayers": "layers",
+    "Recording": "recording",
     "Provenance": "files",
     "Tokens": "tokens",
     "sweep": "effects",
