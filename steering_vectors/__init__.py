@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .plots import plot_similarity as plot_similarity
     from .plots import plot_tokens as plot_tokens
     from .prompts import prompt_ids as prompt_ids
+    from .recording import Recording as Recording
     from .recording import record_activations as record_activations
     from .samples import SteeringVectorTrainingSample as SteeringVectorTrainingSample
     from .steering import SteeringPatchHandle as SteeringPatchHandle
@@ -97,7 +98,7 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "AccumulatingAggregator": "aggregators",
     "find_layers": "layers",
     "FoundLayers": "layers",
-    "AccumulatingAggregator": "aggregators",
+    "Recording": "recording",
     "Provenance": "files",
     "Tokens": "tokens",
     "sweep": "effects",

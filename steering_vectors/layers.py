@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LayerType', 'LAYER_TYPES', 'LayerMatcher', 'ModelLayerConfig', 'NAMES', 'GENERIC', 'AROUND', 'BEFORE_MLP', 'KNOWN',
            'check_layer_type', 'repeating_lists', 'block_list', 'unwrap', 'name_function', 'match', 'ResolvedLayers',
-           'resolve_layers', 'resolve_layer_numbers', 'block_holder', 'FoundLayers', 'find_layers',
+           'resolve_layers', 'resolve_layer_numbers', 'block_holder', 'modules_around', 'FoundLayers', 'find_layers',
            'get_num_matching_layers', 'guess_and_enhance_layer_config']
 
 # %% ../nbs/reference/layers.ipynb #7268c5b9
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -262,9 +262,10 @@ class ResolvedLayers(dict[int, str]):
         self,
         names: Mapping[int, str],  # number -> name
         num_blocks: int,  # blocks that the model has, with this part or without
+        shared: Mapping[int, str] | None = None,  # number -> name of a module that stands under several numbers
     ):
         super().__init__(names)
-        self.num_blocks = num_blocks
+        self.num_blocks, self.shared = num_blocks, dict(shared or {})
 
 # %% ../nbs/reference/layers.ipynb #ced15998
 def resolve_layers(
@@ -285,14 +286,16 @@ def resolve_layers(
     templates = _known(plain) | dict(layer_config or {})
     blocks = _blocks(plain, templates, model, prefix)
     if layer_type in templates:
-        names = match(plain, templates[layer_type], model, prefix)
-        if not names:
+        every = match(plain, templates[layer_type], model, prefix)
+        if not every:
             raise ValueError(_names_nothing(plain, layer_type, name_function(templates[layer_type], model)))
     else:
-        names = _own(plain, blocks if layer_type == "decoder_block" else _parts(plain, blocks, layer_type))
-        if not names:
-            raise ValueError(_no_such_part(plain, layer_type, blocks))
-    return ResolvedLayers({n: prefix + name for n, name in names.items()}, max([*names, *blocks]) + 1)
+        every = blocks if layer_type == "decoder_block" else _parts(plain, blocks, layer_type)
+    names = _own(plain, every)
+    if not names:
+        raise ValueError(_no_such_part(plain, layer_type, blocks or every))
+    shared = {n: prefix + name for n, name in every.items() if n not in names}
+    return ResolvedLayers({n: prefix + name for n, name in names.items()}, max([*every, *blocks]) + 1, shared)
 
 # %% ../nbs/reference/layers.ipynb #0f714685
 def _blocks(
@@ -351,6 +354,12 @@ def _names_nothing(model: nn.Module, layer_type: LayerType, name_of: Callable[[i
 # %% ../nbs/reference/layers.ipynb #3f3b916d
 def _no_such_layer(number: int, in_range: bool, found: Mapping[int, str], total: int, layer_type: str) -> str:
     "What to say about a layer that is not there."
+    shared: Mapping[int, str] = getattr(found, "shared", {})
+    if number % total in shared and in_range:
+        return (
+            f"The `{layer_type}` of layer {number} is one module under several numbers ({_spans(shared)} share modules), and runs once for each "
+            f"of them, so it cannot be steered or read for one layer alone. Layers with a module of their own: {_spans(found)}."
+        )
     if in_range:
         return f"Layer {number} has no `{layer_type}`. The blocks that have one: {_spans(found)} of {total}."
     return (
@@ -410,17 +419,35 @@ def block_holder(
     names = resolve_layers(plain, "decoder_block", layer_config)
     return _owner(plain, next(iter(names.values())))
 
+# %% ../nbs/reference/layers.ipynb #8d71461b
+def modules_around(
+    model: nn.Module,  # any model, wrapped or not
+    names: Iterable[str],  # names of modules in `model`
+) -> dict[str, nn.Module]:  # name -> the innermost model around that module
+    "For each named module the one whose calls should run it."
+    plain, prefix = unwrap(model)
+    return {name: _owner(plain, name.removeprefix(prefix)) for name in names}
+
 # %% ../nbs/reference/layers.ipynb #25ddd8b3
-@dataclass(frozen=True, repr=False)
-class FoundLayers:
-    "What each layer type means in one model, and what repeats in it."
+@dataclass(frozen=True, repr=False, eq=False)
+class FoundLayers(Mapping[LayerType, dict[int, str]]):
+    "What each layer type means in one model, and what repeats in it: a mapping of the layer types that the model has."
 
     model: str  # class of the model
     layers: dict[LayerType, dict[int, str]]  # layer type -> number -> module name; empty where the model has none
     repeats: dict[str, int]  # template -> how many modules it names
 
-    def __getitem__(self, layer_type: LayerType) -> dict[int, str]:
+    def __getitem__(self, layer_type: LayerType) -> dict[int, str]:  # empty for a type that the model has not
         return self.layers[check_layer_type(layer_type)]
+
+    def __contains__(self, layer_type: object) -> bool:
+        return any(layer_type == kind for kind in self)
+
+    def __iter__(self) -> Iterator[LayerType]:
+        return (kind for kind, names in self.layers.items() if names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
     def _rows(self) -> list[tuple[str, str, str]]:
         rows = [(kind, _spans(names), ", ".join(_templates(names))) for kind, names in self.layers.items()]

@@ -80,3 +80,6 @@ def ablation_then_addition_operator() -> (
 ):  # change: the vector minus the activation's component along it
     "Make the activation's component along the vector equal to the vector, times the multiplier."
     return _AblationThenAddition()
+
+# %% ../nbs/reference/operators.ipynb #4a7391ce
+OURS = (_Addition, _Ablation, _AblationThenAddition)  # they write into nothing, and return what fits

@@ -29,7 +29,7 @@ from steering_vectors.tokens import Tokens
 
 IDS = torch.arange(3, 13).reshape(2, 5)
 D = 32
-UNGUARDED = {"record_activations", "SteeringPatchHandle.__exit__", "Attachment.remove", "Attachment.__exit__"}
+UNGUARDED = {"record_activations", "Attachment.remove", "Attachment.__exit__"}
 SOURCES = {
     str(Path(steering_vectors.__file__).parent / f"{name}.py")
     for name in ("hooks", "steering", "positions", "recording")
@@ -145,7 +145,7 @@ def test_the_search_for_leftovers_can_find_one(model: Any) -> None:
 
     with pytest.raises(AssertionError):
         every_line(careless, nothing_left(model))
-    for handle in [e[0] for entry in list(hooks._listeners.values()) for e in entry.edits]:
+    for handle in [e[0] for entry in list(hooks._listeners) for e in entry.edits]:
         handle.remove()  # type: ignore[attr-defined]
 
 
