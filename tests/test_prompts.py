@@ -407,6 +407,44 @@ def test_ids_that_words_would_not_give_stay_as_they_are() -> None:
         assert tokenizer.decode(asked + written) == tokenizer.decode(asked) + said
 
 
+CORPUS = "A model (any model) writes: 'So it is.' Is it? Answer A or B:\n(A) yes, (B) no.\n\nI answer (A), as it is so."
+
+
+def learned(kind: str) -> Any:
+    "A tokenizer that learned its pieces from a text, as real ones do."
+    from tokenizers import trainers
+
+    if kind == "bytes":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>") if kind == "bpe" else models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    how: dict[str, Any] = {"vocab_size": 55, "special_tokens": ["<unk>", "<s>", "</s>"], "show_progress": False}
+    trainer = trainers.UnigramTrainer(unk_token="<unk>", **how) if kind == "unigram" else trainers.BpeTrainer(**how)
+    tokenizer.train_from_iterator([CORPUS] * 3, trainer)
+    start = [("<s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "unigram"])
+def test_ids_are_continued_as_their_words_are(kind: str) -> None:
+    tokenizer, same = learned(kind), 0
+    for cut in range(1, len(CORPUS)):
+        prompt, completion = CORPUS[:cut], CORPUS[cut : cut + 9]
+        ids = prompt_ids(tokenizer, prompt)
+        asked, written = continuation_ids(tokenizer, ids, completion)
+        assert asked == ids[0].tolist() and tokenizer.decode(asked + written) == tokenizer.decode(asked) + completion
+        try:
+            by_words = continuation_ids(tokenizer, prompt, completion)
+        except ValueError:
+            continue  # the two merge
+        assert (asked, written) == by_words
+        same += 1
+    assert same > len(CORPUS) // 3
+
+
 def test_words_that_cannot_follow_ids_are_refused() -> None:
     tokenizer = words()
     with pytest.raises(ValueError, match="No tokens were found that write 'zz' after"):
