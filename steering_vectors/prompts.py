@@ -204,10 +204,10 @@ def _open(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template
     if not isinstance(out, str):
         return _left_open(tokenizer, messages, template, said)
     text, found, _ = out.rpartition(_MARK)
-    if not found:
+    if not found or "".join(said.split()) not in "".join(text.split()):
         raise ValueError(
-            f"The chat template does not write the last message as it stands, so its end cannot be found: {said:.60}. "
-            "Write the text yourself and pass it as a string."
+            f"The chat template does not write the last message as it stands: {said:.60}. Write the text yourself, and pass it "
+            "as a string."
         )
     trimmed = said.rstrip()
     if trimmed != said:
@@ -246,8 +246,7 @@ def _cut(tokenizer: "PreTrainedTokenizerBase", ids: list[int], said: str) -> lis
             if str(tokenizer.decode(ids[:n])).endswith(end):
                 return ids[:n]
     raise ValueError(
-        f"The chat format does not write the last message as it stands, so its end cannot be found: {said:.60}. Pass the "
-        "ids, or the text as a string."
+        f"The chat format does not write the last message as it stands: {said:.60}. Pass the ids, or the text as a string."
     )
 
 # %% ../nbs/reference/prompts.ipynb #667746bb
@@ -305,8 +304,8 @@ def chat_openings(
     found = set()
     for role in ("user", "system", "assistant"):
         try:
-            out = _apply(tokenizer, [{"role": role, "content": _MARK}], template)
-        except Exception:  # some templates have no such role, or refuse it in front
+            out = render(tokenizer, [{"role": role, "content": _MARK}], template)
+        except ValueError:  # some templates have no such role, or refuse it in front
             continue
         text = out if isinstance(out, str) else str(tokenizer.decode(out))
         opening = text.partition(_MARK)[0] if _MARK in text else ""
