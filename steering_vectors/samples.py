@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from .chats import chat_openings, special_strings
 from steering_vectors.prompts import (
     Template,
     Text,
-    chat_openings,
     encoded_texts,
     id_row,
     is_messages,
     prompt_length,
     shared_start,
-    special_strings,
 )
 from .prompts import text_ids as text_ids  # tokenized here in earlier versions
 from .prompts import texts_ids as texts_ids

@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from steering_vectors.chats import has_template
 from steering_vectors.demo import tiny_tokenizer
 from steering_vectors.prompts import (
     added_tokens,
     continuation_ids,
-    has_template,
     prompt_ids,
     prompt_length,
     text_ids,
