@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .chats import ChatMessages as ChatMessages
+from .chats import Template as Template
 from steering_vectors.chats import (
     bare_ids,
     ending,
@@ -23,8 +25,6 @@ from steering_vectors.chats import (
     render,
     wants_template,
 )
-from .chats import ChatMessages as ChatMessages
-from .chats import Template as Template
 from .chats import is_messages as is_messages
 
 if TYPE_CHECKING:
