@@ -138,8 +138,8 @@ def last_text(message: Mapping[str, Any]) -> str | None:  # None: there is none
     content = message.get("content")
     if isinstance(content, str):
         return content
-    texts = [part["text"] for part in content or [] if isinstance(part, Mapping) and "text" in part]
-    return str(texts[-1]) if texts else None
+    last = content[-1] if isinstance(content, Sequence) and content else None
+    return str(last["text"]) if isinstance(last, Mapping) and "text" in last else None
 
 
 def ending(message: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -147,8 +147,7 @@ def ending(message: Mapping[str, Any], text: str) -> dict[str, Any]:
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": text}
-    last = max(i for i, part in enumerate(content) if "text" in part)
-    return {**message, "content": [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]}
+    return {**message, "content": [*content[:-1], {**content[-1], "text": text}]}
 
 
 def left_open(
@@ -156,10 +155,10 @@ def left_open(
 ) -> str | list[int]:
     "A conversation that ends on its last message's last token."
     said = last_text(messages[-1])
-    if said is None:
+    if said is None or messages[-1].get("tool_calls"):
         raise ValueError(
-            "The last message has no text, so there is nothing to continue: give it a content (an empty one will do), or "
-            "pass add_generation_prompt=True to close it and open the answer."
+            "The last message does not end with text, so there is nothing to continue: give it a content (an empty one will "
+            "do) without tool calls, or pass add_generation_prompt=True to close it and open the answer."
         )
     out: str | list[int] = []
     if is_jinja(tokenizer, template):
