@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from .chats import chat_openings, special_strings
 from steering_vectors.prompts import (
     Template,
     Text,
-    chat_openings,
     encoded_texts,
     id_row,
     is_messages,
     prompt_length,
     shared_start,
-    special_strings,
 )
 from .prompts import text_ids as text_ids  # tokenized here in earlier versions
 from .prompts import texts_ids as texts_ids
@@ -54,6 +53,7 @@ def as_text(
     name: str = "This text",  # begins the error message
 ) -> Text:  # records with the keys `prompt` and `response`, or as the conversation they are
     "The text that `text` spells."
+    text = _listed(text)
     if isinstance(text, Mapping) and "role" in text:
         return [text]
     if isinstance(text, Mapping):
@@ -80,11 +80,17 @@ def as_text(
         ) from None
 
 
+def _listed(value: Any) -> Any:
+    "Lists for the arrays of objects that tables hold lists of messages in."
+    return value.tolist() if str(getattr(value, "dtype", "")) == "object" else value
+
+
 def _answered(
     prompt: Any,  # words, messages, ids; None: `answer` is a text of its own
     answer: Any,  # words; a message or several, with or without the prompt's own before them; or a record
 ) -> Text:
     "The text of a prompt and its answer."
+    prompt, answer = _listed(prompt), _listed(answer)
     if isinstance(answer, Mapping) and "role" in answer:
         answer = [answer]
     if prompt is None or isinstance(answer, Mapping):
@@ -110,7 +116,7 @@ def as_sample(
     if isinstance(sample, Mapping):
         for pos, neg in _SIDES:
             if pos in sample and neg in sample:
-                own = [sample.get(f"read_{side}_token_index") for side in ("positive", "negative")]
+                own = [_from_table(sample.get(f"read_{side}_token_index")) for side in ("positive", "negative")]
                 return SteeringVectorTrainingSample(*_both(sample, pos, neg, name), *own)
     elif isinstance(sample, tuple | list) and len(sample) == 2 and not is_messages(sample):
         return SteeringVectorTrainingSample(sample[0], sample[1])
@@ -121,9 +127,16 @@ def as_sample(
     )
 
 
+def _from_table(value: Any) -> Any:
+    "A data frame keeps what is absent as NaN, and whole numbers beside it as floats."
+    if not isinstance(value, float):
+        return value
+    return None if value != value else int(value) if value.is_integer() else value
+
+
 def _both(row: Mapping[str, Any], pos: str, neg: str, name: str) -> tuple[Text, Text]:
     "Both texts of a row, which may have its prompt in a column of its own."
-    prompt, texts = row.get("prompt"), (row[pos], row[neg])
+    prompt, texts = _from_table(row.get("prompt")), (row[pos], row[neg])
     strings = all(isinstance(text, str) for text in texts)
     if pos == "chosen" and prompt is None and strings and (asked := {"question", "instruction", "input"} & set(row)):
         raise TypeError(f"{name} has a {asked.pop()!r} and answers to it: call that column 'prompt'.")
@@ -319,7 +332,9 @@ class _Prompts:
         if known is not None:
             return known
         if text.other is None:
-            raise ValueError(f"{text.name} is one string, which does not tell where its prompt ends. Give {_SPELLED}.")
+            raise ValueError(
+                f"{text.name} is one string, and nothing in a string marks where its prompt ends. Give {_SPELLED}."
+            )
         first = shared_start(text.whole, text.other.whole)
         self._check(text, text.whole[first:], text.other.whole[first:])
         return first
