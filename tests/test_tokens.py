@@ -360,8 +360,9 @@ def test_a_tensor_that_looks_like_numbers_is_a_mask_and_warned_about(numbers: li
     with pytest.warns(UserWarning, match=re.escape(f"pass the list {numbers}")):
         chosen = as_selection(token_indices=kind(numbers))
     assert chosen == as_selection(token_indices=[bool(i) for i in numbers])  # as in 0.12
-    with pytest.warns(UserWarning, match="For column numbers"):
+    with pytest.warns(UserWarning, match="For column numbers") as heard:
         Tokens.generated | kind(numbers)
+    assert heard[0].filename == __file__
 
 
 @pytest.mark.parametrize(
