@@ -11,6 +11,7 @@ import peers
 import pytest
 import torch
 
+from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
 from steering_vectors.files import Provenance
