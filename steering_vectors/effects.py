@@ -178,14 +178,14 @@ def as_multipliers(
     return found
 
 
-def _as_number(number: Any) -> float:
+def _as_number(number: Any, what: str = "Multipliers are numbers, like [-2, 0, 2]") -> float:
     "A number of Python, numpy or torch as a float."
     try:
         if _is_bool(number) or isinstance(number, (str, bytes)) or bool(getattr(number, "ndim", 0)):
             raise TypeError
         return float(number)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"Multipliers are numbers, like [-2, 0, 2]; not {number!r}.") from None
+        raise TypeError(f"{what}; not {number!r}.") from None
 
 
 def near(number: Any, among: Iterable[float]) -> float | None:
@@ -207,6 +207,14 @@ def _count(number: Any, name: str) -> int:
     if count < 1:
         raise ValueError(f"{name} must be 1 or more; it is {count}.")
     return count
+
+
+def _drawing(temperature: Any) -> float:
+    "A temperature; 0 draws nothing."
+    number = _as_number(temperature, "A temperature is a number from 0 on")
+    if not 0 <= number < math.inf:
+        raise ValueError(f"A temperature is a number from 0 on, where 0 takes the most probable token; not {number}.")
+    return number
 
 
 def in_model(
@@ -402,7 +410,7 @@ def sweep(
 ) -> Sweep:  # `s[layer, multiplier]` is text
     "Answer `prompt` at every layer and multiplier: one batched generation a layer."
     numbers, length = as_multipliers(multipliers), _count(max_new_tokens, "max_new_tokens")
-    selection = one_row(tokens)
+    selection, heat = one_row(tokens), _drawing(temperature)
     asked = prompt_ids(tokenizer, prompt, chat, add_generation_prompt, template)
     here, total = in_model(model, vector, layer_config)
     ids = asked.to(model.device).expand(len(numbers), -1)
@@ -411,8 +419,8 @@ def sweep(
         handle = at_layer(here, layer, total).apply(
             model, layer_config, operator, list(numbers), tokens=selection, prompt=ids
         )
-        with handle, _measuring(model, seed if temperature else None):
-            new = _answers(model, tokenizer, ids, length, temperature, progress)
+        with handle, _measuring(model, seed if heat else None):
+            new = _answers(model, tokenizer, ids, length, heat, progress)
         rows |= {(layer, m): tuple(row) for m, row in zip(numbers, new, strict=True)}
     texts = {key: str(tokenizer.decode(list(row), skip_special_tokens=True)) for key, row in rows.items()}
     words = prompt if isinstance(prompt, str) else str(tokenizer.decode(asked[0]))

@@ -420,6 +420,12 @@ def test_a_batch_has_a_size(tiny, how):
         next_token_shift(*tiny, "Hi", k=how["batch_size"])
 
 
+@pytest.mark.parametrize("temperature", [-1, math.nan, math.inf, "1", None, True, [1.0]], ids=repr)
+def test_a_temperature_is_a_number_from_0_on(tiny, temperature):
+    with pytest.raises((TypeError, ValueError), match="A temperature is a number from 0 on"):
+        sweep(*tiny, "Hi", 1, 0, 2, temperature=temperature)
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_vector_is_a_vector(tiny, name):
     with pytest.raises(TypeError, match="takes a SteeringVector, not a dict"):
