@@ -457,6 +457,17 @@ def test_one_direction_at_layers_counted_from_both_ends(tiny):
         projections(model, tokenizer, v[1].at([-1, 2]), "Hi")
 
 
+def test_a_layer_that_does_not_exist_is_named_as_it_was_given(tiny):
+    model, tokenizer, v = tiny
+    with pytest.raises(ValueError, match="Layer -9 does not exist"):
+        projections(model, tokenizer, SteeringVector({-9: torch.ones(32)}), "Hi")
+    with pytest.raises(ValueError, match="no layer -9"):
+        sweep(model, tokenizer, v, "Hi", -9, 1, 2)
+    with pytest.raises(ValueError, match="Layer 7 does not exist"):
+        completion_gap(model, tokenizer, SteeringVector({7: torch.ones(32)}), [("Hi", "a", "b")])
+    assert sweep(model, tokenizer, SteeringVector({**v.layer_activations, 7: torch.ones(32)}), "Hi", 1, 1, 2)[1, 1]
+
+
 def knowing(vector, **story):
     return SteeringVector(vector.layer_activations, vector.layer_type, replace(vector.provenance, **story))
 
