@@ -31,7 +31,7 @@ def is_messages(text: Any) -> TypeGuard[ChatMessages]:
         isinstance(text, Sequence)
         and not isinstance(text, str)
         and len(text) > 0
-        and all(isinstance(message, Mapping) for message in text)
+        and all(isinstance(message, Mapping) and "role" in message for message in text)
     )
 
 
@@ -43,7 +43,7 @@ def check_tokenizer(tokenizer: Any) -> None:
             f"A {type(tokenizer).__name__} is a processor, and words are turned into ids by a tokenizer: pass "
             "processor.tokenizer."
         )
-    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+    if not callable(tokenizer) or isinstance(tokenizer, torch.nn.Module):
         raise TypeError(
             f"tokenizer must be the model's tokenizer, not a {type(tokenizer).__name__}. Are the arguments in the right order?"
         )
@@ -59,7 +59,7 @@ def added_tokens(
 ) -> tuple[list[int], list[int]]:  # ids in front, ids at the end
     "What the tokenizer puts around every text."
     for word in ("a", "A", "0", "the"):
-        alone, whole = _bare(tokenizer, word), list(tokenizer(word)["input_ids"])
+        whole, alone = list(tokenizer(word)["input_ids"]), _bare(tokenizer, word)
         for i in range(len(whole) - len(alone) + 1 if alone else 0):
             if whole[i : i + len(alone)] == alone:
                 return whole[:i], whole[i + len(alone) :]
@@ -73,8 +73,9 @@ def _started(
     "`ids` with `start` in front, once."
     return ids if ids[: len(start)] == start else [*start, *ids]
 
-# %% ../nbs/reference/prompts.ipynb #1f9ff790
+# %% ../nbs/reference/prompts.ipynb #122ac032
 _MARK = "WHERE_THE_LAST_MESSAGE_ENDS"
+_OURS = {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors"}
 
 
 def has_template(
@@ -99,12 +100,10 @@ def _apply(
     tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, **how: Any
 ) -> str | list[int]:  # text from a Jinja template, ids from a format in code
     "What the tokenizer makes of a conversation."
-    args = dict(template or {})
-    jinja = _is_jinja(tokenizer, template)
-    if taken := {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict"} & set(args):
-        raise ValueError(f"template= holds arguments of the chat template itself, not {', '.join(sorted(taken))}.")
-    chat: Any = [dict(message) for message in messages]
-    out: Any = tokenizer.apply_chat_template(chat, **({"tokenize": False} if jinja else {}), **how, **args)
+    if _is_jinja(tokenizer, template):
+        how["tokenize"] = False
+    apply: Any = tokenizer.apply_chat_template
+    out = apply([dict(message) for message in messages], **how, **(template or {}))
     if isinstance(out, str):
         return out
     out = out["input_ids"] if isinstance(out, Mapping) else out
@@ -121,27 +120,36 @@ def _parts(message: Mapping[str, Any]) -> list[str] | None:  # None: not text al
     return [str(p["text"]) for p in content]
 
 
-def _respelled(messages: ChatMessages) -> list[dict[str, Any]]:
-    "The same messages with strings for contents in parts; with parts, where all are strings."
-    strings = all(isinstance(message.get("content"), str) for message in messages)
+def _takes(tokenizer: "PreTrainedTokenizerBase", template: Template | None, content: Any) -> str | list[int] | None:
+    "What the format makes of a content; None where it loses it, or writes the list itself."
+    try:
+        out = _apply(tokenizer, [{"role": "user", "content": content}], template)
+    except Exception:  # Jinja's, the tokenizer's own, or Python's inside a template
+        return None
+    lost = isinstance(out, str) and (_MARK not in out or (not isinstance(content, str) and str(content) in out))
+    return None if lost else out
+
+
+def _respelled(
+    tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None
+) -> list[dict[str, Any]]:
+    "The same messages, with contents as strings or in parts: what the format takes."
+    strings = {isinstance(message.get("content"), str) for message in messages if _parts(message) is not None}
+    by_string = _takes(tokenizer, template, _MARK)
+    if strings <= {True} and by_string is not None:
+        return [dict(message) for message in messages]
+    by_parts = _takes(tokenizer, template, [{"type": "text", "text": _MARK}])
+    if isinstance(by_parts, list) and by_string is not None and by_parts != by_string:
+        by_parts = None  # a format in code that writes the list itself
     spelled = []
     for message in messages:
-        texts = _parts(message)
-        if texts is None:
-            spelled.append(dict(message))
-        else:
-            content = [{"type": "text", "text": texts[0]}] if strings else "".join(texts)
-            spelled.append({**message, "content": content})
+        texts, is_string = _parts(message), isinstance(message.get("content"), str)
+        if texts is not None and is_string and by_string is None and by_parts is not None:
+            message = {**message, "content": [{"type": "text", "text": text} for text in texts]}
+        elif texts is not None and not is_string and by_parts is None:
+            message = {**message, "content": "".join(texts)}
+        spelled.append(dict(message))
     return spelled
-
-
-def _shows(tokenizer: "PreTrainedTokenizerBase", out: str | list[int], messages: ChatMessages) -> bool:
-    "Whether what was made of a conversation holds its last text, and no list of parts written out."
-    text = out if isinstance(out, str) else str(tokenizer.decode(out))
-    contents = [message.get("content") for message in messages]
-    if any(content and not isinstance(content, str) and str(content) in text for content in contents):
-        return False
-    return all(part.strip() in text for part in _parts(messages[-1]) or [])
 
 # %% ../nbs/reference/prompts.ipynb #ebe8a97e
 def render(
@@ -150,24 +158,18 @@ def render(
     template: Template | None = None,  # arguments of the chat template
     **how: Any,  # add_generation_prompt, continue_final_message
 ) -> str | list[int]:  # text, or ids where the format is code
-    "A conversation in the tokenizer's chat format, whichever spelling of contents that takes."
+    "A conversation in the tokenizer's chat format."
     if not has_template(tokenizer, template):
         raise ValueError("This tokenizer has no chat template, so it cannot read a conversation; pass strings.")
-    first: str | list[int] | None = None
-    problem: Exception | None = None
-    for spelled in (messages, _respelled(messages)):
-        try:
-            out = _apply(tokenizer, spelled, template, **how)
-        except Exception as error:  # Jinja's, the tokenizer's own, or Python's inside a template
-            problem = problem or error
-            continue
-        if _shows(tokenizer, out, spelled):
-            return out
-        first = out if first is None else first
-    if first is None:
-        words = str(problem).replace(_MARK, "")
-        raise ValueError(f"This tokenizer's chat template refuses the conversation: {words}") from problem
-    return first
+    if taken := _OURS & set(template or {}):
+        raise ValueError(
+            f"template= holds arguments of the chat template itself, not {', '.join(sorted(taken))}, which prompt_ids has arguments for or sets itself."
+        )
+    try:
+        return _apply(tokenizer, _respelled(tokenizer, messages, template), template, **how)
+    except Exception as error:  # Jinja's, the tokenizer's own, or Python's inside a template
+        words = str(error).replace(_MARK, "")
+        raise ValueError(f"This tokenizer's chat template refuses the conversation: {words}") from error
 
 # %% ../nbs/reference/prompts.ipynb #cea908bc
 def _last_text(message: Mapping[str, Any]) -> str | None:  # None: there is none
@@ -200,12 +202,12 @@ def _open(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template
     if _is_jinja(tokenizer, template):
         out = render(tokenizer, [*messages[:-1], _ending(messages[-1], said + _MARK)], template)
     if not isinstance(out, str):
-        return _cut(tokenizer, _left_open(tokenizer, messages, template, said), said)
+        return _left_open(tokenizer, messages, template, said)
     text, found, _ = out.rpartition(_MARK)
-    if not found:
+    if not found or "".join(said.split()) not in "".join(text.split()):
         raise ValueError(
-            f"The chat template does not write the last message as it stands, so its end cannot be found: {said:.60}. "
-            "Write the text yourself and pass it as a string."
+            f"The chat template does not write the last message as it stands: {said:.60}. Write the text yourself, and pass it "
+            "as a string."
         )
     trimmed = said.rstrip()
     if trimmed != said:
@@ -229,8 +231,10 @@ def _left_open(
             found[opened] = _bare(tokenizer, out) if isinstance(out, str) else out
     if not found:
         raise problem
-    if said.strip() or (True in found and found[True] != found.get(False)):
-        return found.get(True) or found[False]
+    if True in found and found[True] != found.get(False):
+        return found[True]
+    if said.strip():
+        return _cut(tokenizer, found.get(False) or found[True], said)  # it does not know the argument, or ignores it
     out = render(tokenizer, messages[:-1], template, add_generation_prompt=True)  # nothing is said yet: a header
     return _bare(tokenizer, out) if isinstance(out, str) else out
 
@@ -242,8 +246,7 @@ def _cut(tokenizer: "PreTrainedTokenizerBase", ids: list[int], said: str) -> lis
             if str(tokenizer.decode(ids[:n])).endswith(end):
                 return ids[:n]
     raise ValueError(
-        f"The chat format does not write the last message as it stands, so its end cannot be found: {said:.60}. Pass the "
-        "ids, or the text as a string."
+        f"The chat format does not write the last message as it stands: {said:.60}. Pass the ids, or the text as a string."
     )
 
 # %% ../nbs/reference/prompts.ipynb #667746bb
@@ -301,13 +304,13 @@ def chat_openings(
     found = set()
     for role in ("user", "system", "assistant"):
         try:
-            out = _apply(tokenizer, [{"role": role, "content": _MARK}], template)
-        except Exception:  # some templates have no such role, or refuse it in front
+            out = render(tokenizer, [{"role": role, "content": _MARK}], template)
+        except ValueError:  # some templates have no such role, or refuse it in front
             continue
         text = out if isinstance(out, str) else str(tokenizer.decode(out))
         opening = text.partition(_MARK)[0] if _MARK in text else ""
         found.add(opening.removeprefix(getattr(tokenizer, "bos_token", None) or "").strip())
-    return tuple(sorted(opening for opening in found if len(opening) > 1))
+    return tuple(sorted(o for o in found if len(o) > 1 and not o.isalnum()))  # letters alone are a word like any other
 
 
 def _wants_template(tokenizer: "PreTrainedTokenizerBase", words: str, template: Template | None) -> bool:
@@ -363,7 +366,9 @@ def continuation_ids(
                 "completion; or give the prompt as ids, and they stay as they are."
             )
     else:
-        written = _after_ids(tokenizer, asked, completion)
+        written = _said_in_code(tokenizer, prompt, completion, asked, template) or _after_ids(
+            tokenizer, asked, completion
+        )
     if not written:
         raise ValueError("A completion is empty: it needs at least one token to have a probability.")
     return asked, written
@@ -377,7 +382,27 @@ def _added(
     whole = _started(whole, added_tokens(tokenizer)[0]) if special else whole
     return whole[len(asked) :] if whole[: len(asked)] == asked else None
 
-# %% ../nbs/reference/prompts.ipynb #75ce5536
+# %% ../nbs/reference/prompts.ipynb #4edb563f
+def _said_in_code(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Any, completion: str, asked: list[int], template: Template | None
+) -> list[int]:  # none where the prompt is ids
+    "The tokens of `completion` where a chat format in code writes it as the assistant's words."
+    if not (isinstance(prompt, str) or is_messages(prompt)) or not completion:
+        return []
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    said = _last_text(chat[-1]) if chat[-1].get("role") == "assistant" else None
+    chat = (
+        [*chat, {"role": "assistant", "content": completion}]
+        if said is None
+        else [*chat[:-1], _ending(chat[-1], said + completion)]
+    )
+    try:
+        whole = _open(tokenizer, chat, template)
+    except ValueError:
+        return []
+    return list(whole[len(asked) :]) if not isinstance(whole, str) and whole[: len(asked)] == asked else []
+
+
 def _after_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], completion: str) -> list[int]:
     "The tokens of `completion` after `ids`, which stay as they are."
     if not completion:
@@ -386,9 +411,11 @@ def _after_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], completion:
         written = _added(tokenizer, context, _bare(tokenizer, context), completion)
         if written:
             return written
-    alone = _bare(tokenizer, completion)
-    if str(tokenizer.decode([*ids, *alone])) == str(tokenizer.decode(ids)) + completion:
-        return alone
+    wanted = str(tokenizer.decode(ids)) + completion
+    for before in ("", "\n", ":", "("):
+        written = _added(tokenizer, before, _bare(tokenizer, before) if before else [], completion)
+        if written and str(tokenizer.decode([*ids, *written])) == wanted:
+            return written
     raise ValueError(
         f"No tokens were found that write {completion!r} after the prompt's ids, which end in {tokenizer.decode(ids)[-20:]!r}: "
         "by themselves they would write something else there. Give the prompt as words or messages, or the completion as ids."
@@ -426,7 +453,7 @@ def encoded_texts(
     if add_generation_prompt is None and any(is_messages(t) and t[-1].get("role") != "assistant" for t in texts):
         warnings.warn(
             "A conversation does not end with the assistant, so the header of an answer is put after it and the text is read "
-            "where the answer begins. add_generation_prompt=True says so without this warning; with "
+            "where the answer begins. add_generation_prompt=True settles it; with "
             "add_generation_prompt=False the text ends on the last message's last word.",
             stacklevel=2,
         )
@@ -505,11 +532,23 @@ def prompt_length(
         return None
     if text[-1].get("role") != "assistant" if add_generation_prompt is None else add_generation_prompt:
         return len(ids)
-    others = []
-    for word in ("0", "Z"):  # where two other contents part from it
-        other = _open(tokenizer, [*text[:-1], {**text[-1], "content": word}], template)
-        others.append(shared_start(ids, _bare(tokenizer, other) if isinstance(other, str) else other))
-    return min(others)
+    words = ("0", "Z", "a")  # the answer is what parts from other answers
+
+    def said(word: str) -> ChatMessages:
+        return [*text[:-1], {**text[-1], "content": word}]
+
+    if isinstance(header := _open(tokenizer, said("0"), template) if _is_jinja(tokenizer, template) else [], str):
+        return min(shared_start(ids, _bare(tokenizer, header[:-1] + word)) for word in words)
+    return min(shared_start(ids, _closed(tokenizer, said(word), template)) for word in words)
+
+
+def _closed(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None) -> list[int]:
+    "A conversation in a format in code, whatever follows its last content."
+    try:
+        out = render(tokenizer, messages, template)
+    except ValueError:  # some refuse a closed turn of the assistant
+        out = render(tokenizer, messages, template, continue_final_message=True)
+    return _bare(tokenizer, out) if isinstance(out, str) else out
 
 
 def shared_start(a: Sequence[int], b: Sequence[int]) -> int:

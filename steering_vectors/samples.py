@@ -54,6 +54,9 @@ def as_text(
     name: str = "This text",  # begins the error message
 ) -> Text:  # records with the keys `prompt` and `response`, or as the conversation they are
     "The text that `text` spells."
+    text = _listed(text)
+    if isinstance(text, Mapping) and "role" in text:
+        return [text]
     if isinstance(text, Mapping):
         for whole in ("messages", "text"):
             if whole in text and not {*_PROMPTS, *_RESPONSES} & set(text):
@@ -78,15 +81,21 @@ def as_text(
         ) from None
 
 
+def _listed(value: Any) -> Any:
+    "Lists for the arrays of objects that tables hold lists of messages in."
+    return value.tolist() if str(getattr(value, "dtype", "")) == "object" else value
+
+
 def _answered(
     prompt: Any,  # words, messages, ids; None: `answer` is a text of its own
     answer: Any,  # words; a message or several, with or without the prompt's own before them; or a record
 ) -> Text:
     "The text of a prompt and its answer."
+    prompt, answer = _listed(prompt), _listed(answer)
     if isinstance(answer, Mapping) and "role" in answer:
         answer = [answer]
     if prompt is None or isinstance(answer, Mapping):
-        return as_text(answer)
+        return answer  # type: ignore[no-any-return]  # a text of its own
     if not is_messages(answer):
         return {"prompt": prompt, "response": answer}
     before = list(prompt) if is_messages(prompt) else [{"role": "user", "content": prompt}]
@@ -145,7 +154,7 @@ def as_sets(
     for pos, neg in _SIDES[:2]:
         if pos in samples and neg in samples:
             for key in (pos, neg):
-                if isinstance(samples[key], str | Mapping) or is_messages(samples[key]) and "role" in samples[key][0]:
+                if isinstance(samples[key], str | Mapping) or is_messages(samples[key]):
                     raise TypeError(
                         f"{key!r} is one text where a list of them is wanted. One sample is a list of one: [sample]."
                     )
@@ -317,7 +326,9 @@ class _Prompts:
         if known is not None:
             return known
         if text.other is None:
-            raise ValueError(f"{text.name} is one string, which does not tell where its prompt ends. Give {_SPELLED}.")
+            raise ValueError(
+                f"{text.name} is one string, and nothing in a string marks where its prompt ends. Give {_SPELLED}."
+            )
         first = shared_start(text.whole, text.other.whole)
         self._check(text, text.whole[first:], text.other.whole[first:])
         return first
@@ -380,12 +391,11 @@ def read_places(
     encoded = [EncodedText(text.ids, text.places(read_token_index, read)) for text in texts]
     for i, (text, places) in enumerate(zip(texts, encoded, strict=True)):
         partner = encoded[0] if text.other is None else encoded[i ^ 1]
-        few, many = sorted((len(places.read), len(partner.read)))
-        if few != many and places.read[0] == 0:
+        if len(places.read) != len(partner.read) and 0 in (places.read[0], partner.read[0]):
             warnings.warn(
-                f"{text.name} is read at its first token too, and averages {many} or {few} tokens where it is compared with one of "
-                f"the other number. In most models the first token's activation is many times longer than all others, so the "
-                "direction would be made by length. Leave it out: Tokens.all[1:]; or read what was said: Tokens.generated.",
+                f"{text.name} averages {len(places.read)} tokens, the first among them, and is compared with a text that averages "
+                f"{len(partner.read)}. In most models the first token's activation is many times longer than all others, so such a "
+                "direction is made by length. Leave it out: Tokens.all[1:]; or read what was said: Tokens.generated.",
                 stacklevel=2,
             )
             break

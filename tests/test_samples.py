@@ -1,16 +1,30 @@
 """Samples with tokenizers of several makes: beginnings are not doubled, nothing about the tokenizer changes."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from steering_vectors import SteeringVectorTrainingSample as Sample
 from steering_vectors import Tokens
 from steering_vectors.demo import tiny_tokenizer
-from steering_vectors.samples import as_sample, encode_samples, text_ids, texts_ids
+from steering_vectors.samples import (
+    as_rows,
+    as_sample,
+    as_sets,
+    as_text,
+    encode_samples,
+    encode_texts,
+    read_places,
+    text_ids,
+    texts_ids,
+    tokenize_samples,
+    tokenize_texts,
+)
 
 
 def words(bos: str | None, eos: str | None = None, template: str | None = None) -> PreTrainedTokenizerFast:
@@ -107,3 +121,292 @@ def test_positions_count_in_the_tokenizers_own_ids_also_where_a_doubled_start_wa
             assert pair.positive.ids == tokenizer("hello")["input_ids"]
         (pair,) = encode_samples(tokenizer, [(text, text)], read_token_index=0)
         assert pair.positive.read == [0]
+
+
+# What people have in hand
+
+ASK = [{"role": "user", "content": "Hi?"}]
+GLAD, SAD = ({"role": "assistant", "content": said} for said in ("Yes", "No!"))
+HEADER = "<s>[user] Hi?</s>[assistant] "
+
+
+def read_of(rows: Any, tokenizer: Any = None, **how: Any) -> list[tuple[str, str, str, str]]:
+    "Of each pair: both texts, and what is read of them."
+    tokenizer = tokenizer or tiny_tokenizer()
+    pairs = encode_samples(tokenizer, rows, read=Tokens.generated, **how)
+    texts = [[text for text in pair] for pair in pairs]
+    words = [
+        [tokenizer.decode(t.ids) for t in p] + [tokenizer.decode([t.ids[i] for i in t.read]) for t in p] for p in texts
+    ]
+    return [(a, b, c, d) for a, b, c, d in words]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi?", "chosen": "Yes", "rejected": "No!"},  # trl, standard
+        {"prompt": ASK, "chosen": [GLAD], "rejected": [SAD]},  # trl, conversational
+        {"chosen": [*ASK, GLAD], "rejected": [*ASK, SAD]},  # trl, with the prompt inside
+        {"prompt": "Hi?", "chosen": [*ASK, GLAD], "rejected": [*ASK, SAD], "score_chosen": 8.0},  # UltraFeedback
+        {"prompt": ASK, "chosen": [*ASK, GLAD], "rejected": [*ASK, SAD]},
+        {"prompt": ASK, "chosen": "Yes", "rejected": "No!"},
+        {"prompt": "Hi?", "chosen": GLAD, "rejected": SAD},
+        {"prompt": "Hi?", "positive": "Yes", "negative": "No!", "id": 3},
+        {"positive": {"prompt": "Hi?", "response": "Yes"}, "negative": {"prompt": "Hi?", "response": "No!"}},
+        {"positive": {"question": ASK, "answer": "Yes"}, "negative": {"prompt": "Hi?", "completion": "No!", "n": 1}},
+        {"positive": {"prompt": ASK, "completion": [GLAD]}, "negative": {"messages": [*ASK, SAD]}},
+        ({"prompt": "Hi?", "response": "Yes"}, {"prompt": "Hi?", "response": "No!"}),
+        ({"prompt": HEADER, "response": "Yes"}, {"prompt": HEADER.removeprefix("<s>"), "response": "No!"}),
+        ({"prompt": "Hi?", "response": "Yes"}, [*ASK, SAD]),
+        Sample({"prompt": "Hi?", "response": "Yes"}, [*ASK, SAD]),
+    ],
+)
+def test_prompts_with_answers_in_the_spellings_people_have(row: Any) -> None:
+    before = copy.deepcopy(row)
+    assert read_of([row]) == [(HEADER + "Yes", HEADER + "No!", "Yes", "No!")]
+    assert row == before
+
+
+def test_a_record_without_a_template_is_what_both_write_together() -> None:
+    tokenizer = words("<s>", "</s>")
+    assert read_of([{"prompt": "a b", "chosen": " c", "rejected": " a"}], tokenizer) == [
+        ("<s> a b c", "<s> a b a", "c", "a")
+    ]
+    ids = {"prompt": [1, 3], "response": [4, 5]}
+    assert read_of([(ids, {"prompt": [1, 3], "response": " a"})], tokenizer) == [("<s> a b c", "<s> a a", "b c", "a")]
+    tokenizer = tiny_tokenizer()
+    assert read_of([{"prompt": "a b", "chosen": " c", "rejected": "d"}], tokenizer, chat=False)[0][0] == "<s>a b c"
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"question": "Hi?", "chosen": "Yes", "rejected": "No!"}, "call that column 'prompt'"),
+        ({"instruction": "Hi?", "chosen": "Yes", "rejected": "No!"}, "call that column 'prompt'"),
+        ({"prompt": "How are you?", "chosen": "How are you? Fine", "rejected": "How are you? Bad"}, "Leave the column 'prompt' out"),
+        ({"prompt": "How are you?", "positive": "<s>[user] How are you?", "negative": "How are you?"}, "take it off them"),
+        ({"positive": {"prompt": "Hi?"}, "negative": {"prompt": "Hi?"}}, "one prompt and one response.*keys 'prompt'"),
+        ({"positive": {"prompt": "a", "response": "b", "answer": "c"}, "negative": "b"}, "one prompt and one response"),
+        ({"positive": float("nan"), "negative": "b"}, "The positive text of sample 0 must be a string.*it is nan"),
+        ({"positive": "a", "negative": ["a", "b"]}, "The negative text of sample 0 must be a string"),
+        ({"prompt": "Hi?", "completion": "Yes", "label": True}, "two sets without pairs are"),
+        (("a", "b", "c"), "two sets without pairs are"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_pairs_name_the_spelling_that_is(row: Any, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        encode_samples(tiny_tokenizer(), [row])
+
+
+class Polars:
+    "As much of a polars data frame as matters."
+
+    columns = ["positive", "negative"]
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def iter_rows(self, named: bool = False) -> Any:
+        return iter(self.rows if named else [tuple(row.values()) for row in self.rows])
+
+    def to_dict(self, as_series: bool = True) -> Any:
+        return {name: [row[name] for row in self.rows] for name in self.columns}
+
+
+class Arrow:
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.to_pylist = lambda: rows
+
+
+def test_tables_are_read_by_row() -> None:
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    tokenizer = tiny_tokenizer()
+    rows = [{"positive": "joy", "negative": "woe"}, {"positive": "yes", "negative": "no"}]
+    prefer = [{"prompt": "Hi?", "chosen": "Yes", "rejected": "No!"}, {"prompt": "And?", "chosen": "a", "rejected": "b"}]
+    talks = [{"chosen": [*ASK, GLAD], "rejected": [*ASK, SAD]}]
+    for these in (rows, prefer, talks):
+        wanted = encode_samples(tokenizer, these)
+        frame = pandas.DataFrame(these)
+        for table in (
+            frame,
+            frame.set_index(frame.columns[0], drop=False),
+            datasets.Dataset.from_list(these),
+            Arrow(these),
+        ):
+            assert encode_samples(tokenizer, table) == wanted
+            assert as_sets(table) is None
+    stored = pandas.DataFrame(talks)  # read from a file, messages come in arrays of objects
+    for column in stored:
+        stored[column] = [pandas.Series(talk).to_numpy() for talk in stored[column]]
+    assert encode_samples(tokenizer, stored) == encode_samples(tokenizer, talks)
+    stored["prompt"] = [pandas.Series(ASK).to_numpy()]
+    assert encode_samples(tokenizer, stored) == encode_samples(tokenizer, talks)
+    assert encode_samples(tokenizer, Polars(rows)) == encode_samples(tokenizer, rows)  # type: ignore[arg-type]
+    columns = datasets.Dataset.from_list(prefer)[:2]  # a part of a data set comes as columns
+    assert encode_samples(tokenizer, columns) == encode_samples(tokenizer, prefer)
+    frame = pandas.DataFrame({"good": ["joy"], "bad": ["woe"]})
+    assert encode_samples(tokenizer, zip(frame["good"], frame["bad"], strict=True)) == encode_samples(
+        tokenizer, rows[:1]
+    )
+    with pytest.raises(TypeError, match="Sample 0 must be a pair.*'good'"):
+        encode_samples(tokenizer, frame)
+
+
+def test_what_is_no_list_of_samples_is_refused_at_the_door() -> None:
+    datasets = pytest.importorskip("datasets")
+    split = datasets.DatasetDict(train=datasets.Dataset.from_list([{"positive": "a", "negative": "b"}]))
+    for wrong, words in (
+        (split, "one split of a data set.*'train'"),
+        ({"good": ["a"], "bad": ["b"]}, "'good', 'bad'"),
+        ("ab", "One sample is a list of one"),
+        (Sample("a", "b"), "One sample is a list of one"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            as_rows(wrong)
+    pairs = iter([("a", "b")])
+    assert as_rows(pairs) is pairs
+
+
+def test_two_sets_are_told_from_pairs() -> None:
+    pandas = pytest.importorskip("pandas")
+    for good, bad in (
+        (["a"], ["b", "c"]),
+        ([[*ASK, GLAD]], [[*ASK, SAD], "c"]),
+        ([{"prompt": "a", "response": "b"}], []),
+        (pandas.Series(["a"]), pandas.Series(["b", "c"])),
+        (iter("ab"), (x for x in "c")),
+        ([[1, 2]], [[3]]),
+    ):
+        sets = as_sets({"positive": good, "negative": bad})
+        assert sets is not None and sets[0] is good and sets[1] is bad
+    for one in ("a", [*ASK, GLAD], {"prompt": "a", "response": "b"}):
+        with pytest.raises(TypeError, match=r"list of one: \[sample\]"):
+            as_sets({"positive": one, "negative": one})
+    for pairs in ([("a", "b")], (["a", "b"], ["c", "d"]), None, {"chosen": ["a"], "rejected": ["b"]}):
+        assert as_sets(pairs) is None
+    with pytest.raises(TypeError, match="two sets without pairs are"):
+        encode_samples(tiny_tokenizer(), (["a", "b", "c"], ["d"]))
+
+
+def test_texts_of_a_set_are_read_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = ["joy", [*ASK, GLAD], {"prompt": "Hi?", "response": "Yes"}, [1, 5, 6], torch.tensor([1, 5])]
+    encoded = encode_texts(tokenizer, texts)
+    assert [t.ids for t in encoded] == texts_ids(tokenizer, texts)
+    assert [t.read for t in encoded] == [[len(t.ids) - 1] for t in encoded]
+    (talk, record) = encode_texts(tokenizer, texts[1:3], read=Tokens.generated)
+    assert talk == record and len(talk.read) == 3
+    with pytest.raises(ValueError, match="The positive text 7 is one string, and nothing in a string marks"):
+        encode_texts(tokenizer, ["joy"], read=Tokens.response, start=7, side="positive")
+    with pytest.raises(TypeError, match="Text 1 must be a string"):
+        encode_texts(tokenizer, ["joy", None])  # type: ignore[list-item]
+    assert encode_texts(tokenizer, iter([])) == []
+
+
+def test_texts_are_tokenized_once_for_several_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, calls = tiny_tokenizer(), []
+    row = {"prompt": "Hi?", "chosen": "Yes", "rejected": "No!"}
+    texts = tokenize_samples(tokenizer, [row, Sample("a", "b", 0)])
+    plain = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kw: (calls.append(1), plain(*args, **kw))[1])
+    read_places(texts, -1), read_places(texts, lambda text: 1), read_places(texts, read=Tokens.all[1:])
+    assert not calls
+    assert [t.read for t in read_places(texts, read=Tokens.generated)][:2] == [[24, 25, 26]] * 2
+    assert [t.read for t in read_places(texts, -2)] == [[25], [25], [0], [0]]
+    some = tokenize_texts(tokenizer, ["a", {"prompt": "b", "response": "c"}], ["One", "Two"])
+    assert [t.read for t in read_places(some)] == [[1], [len(some[1].ids) - 1]]
+
+
+# Where an answer begins
+
+
+def test_a_conversation_that_ends_with_the_user_is_read_where_the_answer_begins() -> None:
+    tokenizer = tiny_tokenizer()
+    pair = (ASK, [{"role": "user", "content": "Yo?"}])
+    for how in ({}, {"add_generation_prompt": True}):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            ((pos, _),) = encode_samples(tokenizer, [pair], **how)  # type: ignore[arg-type]
+        assert len(seen) == (not how)
+        assert tokenizer.decode(pos.ids) == HEADER and pos.read == [len(pos.ids) - 1]
+        ((pos, _),) = encode_samples(tokenizer, [pair], read=Tokens.prompt[-3:], add_generation_prompt=True)
+        assert pos.read == [len(pos.ids) - 3, len(pos.ids) - 2, len(pos.ids) - 1]
+    ((pos, _),) = encode_samples(tokenizer, [pair], add_generation_prompt=False)
+    assert tokenizer.decode(pos.ids) == "<s>[user] Hi?"
+    with pytest.raises(ValueError, match=r"Tokens\.generated names none"):
+        encode_samples(tokenizer, [pair], read=Tokens.generated, add_generation_prompt=True)
+    empty = [*ASK, {"role": "assistant", "content": ""}]  # the same, in an open turn
+    ((pos, _),) = encode_samples(tokenizer, [(empty, empty)], read=Tokens.prompt[-2:])
+    assert tokenizer.decode(pos.ids) == HEADER and pos.read == [len(pos.ids) - 2, len(pos.ids) - 1]
+
+
+def persona(mood: str, said: str = "I went out.", template: Any = None) -> Any:
+    chat = [{"role": "system", "content": f"Be {mood}."}, *ASK, {"role": "assistant", "content": said}]
+    return chat if template is None else template(chat, tokenize=False, continue_final_message=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*made by length")
+@pytest.mark.parametrize("said", [("I went out.", "I went out."), ("Great!", "Awful.")])
+@pytest.mark.parametrize("read", [Tokens.generated, Tokens.prompt, Tokens.response, Tokens.prompt[-2:]])
+def test_strings_whose_prompts_differ_are_not_read_as_responses(said: tuple[str, str], read: Tokens) -> None:
+    tokenizer = tiny_tokenizer()
+    make = tokenizer.apply_chat_template
+    strings = (persona("glad", said[0], make), persona("low", said[1], make))
+    for kept in (strings, tuple(text.removeprefix("<s>") for text in strings)):
+        with pytest.raises(ValueError, match="differs from the other of its pair before"):
+            encode_samples(tokenizer, [kept], read=read)
+    chats = (persona("glad", said[0]), persona("low", said[1]))
+    records = tuple({"prompt": chat[:-1], "response": chat[-1]["content"]} for chat in chats)
+    assert encode_samples(tokenizer, [chats], read=read) == encode_samples(tokenizer, [records], read=read)
+    rendered = tuple({"prompt": t[: len(t) - len(s)], "response": s} for t, s in zip(strings, said, strict=True))
+    assert encode_samples(tokenizer, [rendered], read=read) == encode_samples(tokenizer, [chats], read=read)
+    (pair,) = encode_samples(tokenizer, [chats], read=Tokens.generated)
+    assert [tokenizer.decode([t.ids[i] for i in t.read]) for t in pair] == list(said)
+    for same in (read_position_of(strings, tokenizer), read_position_of(chats, tokenizer)):
+        assert same == [-1, -1]  # one token needs no prompt
+
+
+def read_position_of(texts: Any, tokenizer: Any) -> list[int]:
+    (pair,) = encode_samples(tokenizer, [texts])
+    return [text.read[0] - len(text.ids) for text in pair]
+
+
+def test_strings_that_part_in_the_answer_are_read_from_there() -> None:
+    tokenizer = tiny_tokenizer()
+    strings = [HEADER + said for said in ("Yes", "No!")]
+    assert read_of([strings]) == [(*strings, "Yes", "No!")]
+    closed = [text + "</s>" for text in strings]
+    assert read_of([closed])[0][2:] == ("Yes</s>", "No!</s>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_of([strings, closed, ("I am glad", "I am low")])
+    with pytest.warns(UserWarning, match="end alike") as seen:
+        encode_samples(tokenizer, [("glad: I went", "sad: I went")] * 3, read=Tokens.generated)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("read", [Tokens.all, Tokens.all[:9], Tokens.prompt | Tokens.generated])
+def test_an_average_with_the_first_token_over_unequal_lengths_is_told(read: Tokens) -> None:
+    tokenizer, records = tiny_tokenizer(), [({"prompt": "a", "response": x}, {"prompt": "a", "response": y}) for x, y in (("b", "c"), ("bb", "c"), ("bb", "c"))]  # fmt: skip
+    uneven = [("abc", "abd"), ("a", "abc"), ("ab", "a")] if read is not None and not read.needs_prompt else records
+    with pytest.warns(UserWarning, match=r"Tokens\.all\[1:\]") as seen:
+        encode_samples(tokenizer, uneven, read=read)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_samples(tokenizer, uneven[:1], read=read)
+        encode_samples(tokenizer, uneven, read=Tokens.all[1:])
+        encode_samples(tokenizer, uneven)
+    with pytest.warns(UserWarning, match="made by length"):
+        encode_texts(tokenizer, ["ab", "abc"], read=Tokens.all)
+
+
+def test_pairs_of_ids_are_read_like_strings() -> None:
+    tokenizer = tiny_tokenizer()
+    pairs = [("joy", "jolt"), ("I love", "I hate")]
+    ids = [tuple(text_ids(tokenizer, text) for text in pair) for pair in pairs]
+    for read in (None, Tokens.generated, Tokens.all[1:]):
+        wanted = encode_samples(tokenizer, pairs, read=read)
+        assert encode_samples(tokenizer, ids, read=read) == wanted  # type: ignore[arg-type]
+        assert encode_samples(tokenizer, [tuple(map(torch.tensor, pair)) for pair in ids], read=read) == wanted  # type: ignore[misc]
+    assert as_text(torch.tensor([[1, 2]])) == [1, 2]
