@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/reference/plots.ipynb #24f2f377
-from .effects import Effect, Projections, ProjectionSet, Similarity, TokenShift, TokenValues, from_front
+from .arguments import from_front
+from .effects import Effect, Projections, ProjectionSet, Similarity, TokenShift, TokenValues
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -154,7 +154,9 @@ class _Selection:
     @property
     def masks(self) -> tuple[Tensor, ...]:
         "The 0/1 masks in it."
-        return tuple(leaf.index for leaf in self._leaves if isinstance(leaf, Columns) and isinstance(leaf.index, Tensor))
+        return tuple(
+            leaf.index for leaf in self._leaves if isinstance(leaf, Columns) and isinstance(leaf.index, Tensor)
+        )
 
 # %% ../nbs/reference/tokens.ipynb #90873880
 @dataclass(frozen=True, eq=False)

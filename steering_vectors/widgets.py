@@ -22,21 +22,24 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from steering_vectors.effects import (
+from steering_vectors.arguments import (
     Layer,
-    Sweep,
-    TokenShift,
-    TokenValues,
+    as_count,
     as_layer,
     as_layers,
     as_multipliers,
     at_layer,
     front,
     in_model,
-    multiplier_limit,
     near,
-    next_token_shift,
     one_row,
+)
+from steering_vectors.effects import (
+    Sweep,
+    TokenShift,
+    TokenValues,
+    multiplier_limit,
+    next_token_shift,
     steered_tokens,
     sweep,
 )
@@ -689,7 +692,8 @@ def explore(
     limit = multiplier_limit(at_layer(here, first["layer"], total), fraction=0.65)
     marks = _round_steps(limit) if multipliers is None else as_multipliers(multipliers)
     named, chosen = dict(operators or _OPERATORS), _TOKENS if tokens is None else (one_row(tokens), *_TOKENS)
-    how: dict[str, Any] = {"operators": named, "max_new_tokens": max_new_tokens, "layer_config": layer_config}
+    how: dict[str, Any] = {"operators": named, "layer_config": layer_config}
+    how["max_new_tokens"] = as_count(max_new_tokens, "max_new_tokens")
     how |= {"chat": chat, "add_generation_prompt": add_generation_prompt, "template": template}
     view = _Answers((model, tokenizer, here, total), marks, **how)
     control = Control(

@@ -420,6 +420,12 @@ def test_a_batch_has_a_size(tiny, how):
         next_token_shift(*tiny, "Hi", k=how["batch_size"])
 
 
+@pytest.mark.parametrize("temperature", [-1, math.nan, math.inf, "1", None, True, [1.0]], ids=repr)
+def test_a_temperature_is_a_number_from_0_on(tiny, temperature):
+    with pytest.raises((TypeError, ValueError), match="A temperature is a number from 0 on"):
+        sweep(*tiny, "Hi", 1, 0, 2, temperature=temperature)
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_vector_is_a_vector(tiny, name):
     with pytest.raises(TypeError, match="takes a SteeringVector, not a dict"):
@@ -449,6 +455,17 @@ def test_one_direction_at_layers_counted_from_both_ends(tiny):
     assert p.layers == (0, 2) and torch.equal(p.values, projections(model, tokenizer, v[1].at([0, 2]), "Hi").values)
     with pytest.raises(ValueError, match="2 and -1 are the same layer of 3"):
         projections(model, tokenizer, v[1].at([-1, 2]), "Hi")
+
+
+def test_a_layer_that_does_not_exist_is_named_as_it_was_given(tiny):
+    model, tokenizer, v = tiny
+    with pytest.raises(ValueError, match="Layer -9 does not exist"):
+        projections(model, tokenizer, SteeringVector({-9: torch.ones(32)}), "Hi")
+    with pytest.raises(ValueError, match="no layer -9"):
+        sweep(model, tokenizer, v, "Hi", -9, 1, 2)
+    with pytest.raises(ValueError, match="Layer 7 does not exist"):
+        completion_gap(model, tokenizer, SteeringVector({7: torch.ones(32)}), [("Hi", "a", "b")])
+    assert sweep(model, tokenizer, SteeringVector({**v.layer_activations, 7: torch.ones(32)}), "Hi", 1, 1, 2)[1, 1]
 
 
 def knowing(vector, **story):

@@ -390,6 +390,7 @@ def test_explore_takes_layers_as_one_would_type_them(layers, shown):
         ({"layers": [True]}, "not True"),
         ({"layers": [1, 1]}, "once"),
         ({"layers": []}, "No layers"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
         ({"multipliers": "2"}, "not '2'"),
         ({"multipliers": []}, "No multipliers"),
         ({"multipliers": [1, float("nan")]}, "finite"),
