@@ -229,7 +229,8 @@ def _outside() -> Any:
 
 def _spread(model: nn.Module) -> bool:
     "Whether one copy of `model` is spread over the processes."
-    return any("DTensor" in type(p).__name__ or hasattr(p, "_is_flat_param") for p in model.parameters())
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    return any("DTensor" in type(p).__name__ or hasattr(p, "_is_flat_param") for p in weights)
 
 # %% ../nbs/reference/ranks.ipynb #64ae4bc6
 def fingerprint(
