@@ -43,7 +43,7 @@ def check_tokenizer(tokenizer: Any) -> None:
             f"A {type(tokenizer).__name__} is a processor, and words are turned into ids by a tokenizer: pass "
             "processor.tokenizer."
         )
-    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+    if not callable(tokenizer) or isinstance(tokenizer, torch.nn.Module):
         raise TypeError(
             f"tokenizer must be the model's tokenizer, not a {type(tokenizer).__name__}. Are the arguments in the right order?"
         )
@@ -59,7 +59,7 @@ def added_tokens(
 ) -> tuple[list[int], list[int]]:  # ids in front, ids at the end
     "What the tokenizer puts around every text."
     for word in ("a", "A", "0", "the"):
-        alone, whole = _bare(tokenizer, word), list(tokenizer(word)["input_ids"])
+        whole, alone = list(tokenizer(word)["input_ids"]), _bare(tokenizer, word)
         for i in range(len(whole) - len(alone) + 1 if alone else 0):
             if whole[i : i + len(alone)] == alone:
                 return whole[:i], whole[i + len(alone) :]
@@ -163,7 +163,7 @@ def render(
         raise ValueError("This tokenizer has no chat template, so it cannot read a conversation; pass strings.")
     if taken := _OURS & set(template or {}):
         raise ValueError(
-            f"template= holds arguments of the chat template itself, not {', '.join(sorted(taken))}, which is for this library to say."
+            f"template= holds arguments of the chat template itself, not {', '.join(sorted(taken))}, which prompt_ids has arguments for or sets itself."
         )
     try:
         return _apply(tokenizer, _respelled(tokenizer, messages, template), template, **how)
@@ -204,10 +204,10 @@ def _open(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template
     if not isinstance(out, str):
         return _left_open(tokenizer, messages, template, said)
     text, found, _ = out.rpartition(_MARK)
-    if not found:
+    if not found or "".join(said.split()) not in "".join(text.split()):
         raise ValueError(
-            f"The chat template does not write the last message as it stands, so its end cannot be found: {said:.60}. "
-            "Write the text yourself and pass it as a string."
+            f"The chat template does not write the last message as it stands: {said:.60}. Write the text yourself, and pass it "
+            "as a string."
         )
     trimmed = said.rstrip()
     if trimmed != said:
@@ -246,8 +246,7 @@ def _cut(tokenizer: "PreTrainedTokenizerBase", ids: list[int], said: str) -> lis
             if str(tokenizer.decode(ids[:n])).endswith(end):
                 return ids[:n]
     raise ValueError(
-        f"The chat format does not write the last message as it stands, so its end cannot be found: {said:.60}. Pass the "
-        "ids, or the text as a string."
+        f"The chat format does not write the last message as it stands: {said:.60}. Pass the ids, or the text as a string."
     )
 
 # %% ../nbs/reference/prompts.ipynb #667746bb
@@ -305,8 +304,8 @@ def chat_openings(
     found = set()
     for role in ("user", "system", "assistant"):
         try:
-            out = _apply(tokenizer, [{"role": role, "content": _MARK}], template)
-        except Exception:  # some templates have no such role, or refuse it in front
+            out = render(tokenizer, [{"role": role, "content": _MARK}], template)
+        except ValueError:  # some templates have no such role, or refuse it in front
             continue
         text = out if isinstance(out, str) else str(tokenizer.decode(out))
         opening = text.partition(_MARK)[0] if _MARK in text else ""
@@ -454,7 +453,7 @@ def encoded_texts(
     if add_generation_prompt is None and any(is_messages(t) and t[-1].get("role") != "assistant" for t in texts):
         warnings.warn(
             "A conversation does not end with the assistant, so the header of an answer is put after it and the text is read "
-            "where the answer begins. add_generation_prompt=True says so without this warning; with "
+            "where the answer begins. add_generation_prompt=True settles it; with "
             "add_generation_prompt=False the text ends on the last message's last word.",
             stacklevel=2,
         )

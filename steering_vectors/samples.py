@@ -54,6 +54,7 @@ def as_text(
     name: str = "This text",  # begins the error message
 ) -> Text:  # records with the keys `prompt` and `response`, or as the conversation they are
     "The text that `text` spells."
+    text = _listed(text)
     if isinstance(text, Mapping) and "role" in text:
         return [text]
     if isinstance(text, Mapping):
@@ -80,11 +81,17 @@ def as_text(
         ) from None
 
 
+def _listed(value: Any) -> Any:
+    "Lists for the arrays of objects that tables hold lists of messages in."
+    return value.tolist() if str(getattr(value, "dtype", "")) == "object" else value
+
+
 def _answered(
     prompt: Any,  # words, messages, ids; None: `answer` is a text of its own
     answer: Any,  # words; a message or several, with or without the prompt's own before them; or a record
 ) -> Text:
     "The text of a prompt and its answer."
+    prompt, answer = _listed(prompt), _listed(answer)
     if isinstance(answer, Mapping) and "role" in answer:
         answer = [answer]
     if prompt is None or isinstance(answer, Mapping):
@@ -319,7 +326,9 @@ class _Prompts:
         if known is not None:
             return known
         if text.other is None:
-            raise ValueError(f"{text.name} is one string, which does not tell where its prompt ends. Give {_SPELLED}.")
+            raise ValueError(
+                f"{text.name} is one string, and nothing in a string marks where its prompt ends. Give {_SPELLED}."
+            )
         first = shared_start(text.whole, text.other.whole)
         self._check(text, text.whole[first:], text.other.whole[first:])
         return first

@@ -240,6 +240,84 @@ def test_other_arguments_of_the_template_go_through_and_this_librarys_own_do_not
             prompt_ids(tokenizer, "a", template={name: True})
 
 
+# Templates of known models, shortened to what matters here
+
+LLAMA2 = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{% set c = '<|header|>' + m.role + '<|/header|>\n\n' + m.content | trim + '<|eot|>' %}"
+    "{% if loop.first %}{% set c = bos_token + c %}{% endif %}{{ c }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}</turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+QWEN = (
+    "{% if messages[0].role != 'system' %}<|im|>system\nYou are helpful.<|/im|>\n{% endif %}{% for m in messages %}"
+    "<|im|>{{ m.role + '\n' + m.content }}<|/im|>\n{% endfor %}{% if add_generation_prompt %}<|im|>assistant\n{% endif %}"
+)
+DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
+    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+VICUNA = (
+    "A chat between a user and an assistant. {% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+LLAVA = (
+    "{% for m in messages %}{{ m.role.upper() + ': ' }}{% for c in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ c.text + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+KNOWN = {"llama2": LLAMA2, "llama3": LLAMA3, "gemma": GEMMA, "qwen": QWEN, "deepseek": DEEPSEEK, "vicuna": VICUNA, "llava": LLAVA}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_templates(name: str) -> None:
+    tokenizer = lines(KNOWN[name])
+    question = [{"role": "user", "content": "How are you?"}]
+    spelled = [{"role": "user", "content": parts("How are you?")}] if name == "llava" else question
+    text = tokenizer.apply_chat_template(spelled, tokenize=False, add_generation_prompt=True)
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for prompt in (
+        question,
+        "How are you?",
+        parts("How are you?") and [{"role": "user", "content": parts("How are you?")}],
+    ):
+        assert prompt_ids(tokenizer, prompt)[0].tolist() == wanted
+    begun = wanted if wanted[0] == 1 else [1, *wanted]  # written out, it is begun as any string is
+    assert prompt_ids(tokenizer, text)[0].tolist() == begun
+    for said in ("Fine", "(", "Fine, thanks\n\nand you?", "So so "):
+        chat = [*question, {"role": "assistant", "content": said}]
+        ids = text_ids(tokenizer, chat)
+        assert ids == prompt_ids(tokenizer, chat)[0].tolist()
+        if name != "llava":
+            assert ids == tokenizer.apply_chat_template(chat, continue_final_message=True, return_dict=False)
+        assert tokenizer.decode(ids[prompt_length(tokenizer, chat, ids) :]).rstrip() == said.rstrip()
+        again = prompt_ids(tokenizer, chat, add_generation_prompt=True)[0].tolist()
+        assert len(again) > len(ids)
+    first = text[: text.index("How")].strip()  # what a turn begins with, and no start token before it
+    assert (
+        prompt_ids(tokenizer, first + "How")[0].tolist() == prompt_ids(tokenizer, first + "How", chat=False)[0].tolist()
+    )
+    header = prompt_ids(tokenizer, [*question, {"role": "assistant", "content": ""}])[0].tolist()
+    assert header == text_ids(tokenizer, [*question, {"role": "assistant", "content": "Fine"}])[:-4]
+    assert tokenizer.decode(prompt_ids(tokenizer, question, add_generation_prompt=False)[0]).endswith("How are you?")
+
+
+def test_thoughts_that_a_template_drops_are_not_dropped_silently() -> None:
+    chat = [USER, {"role": "assistant", "content": "<think>so</think>yes"}]
+    with pytest.raises(ValueError, match="does not write the last message as it stands: <think>so</think>yes"):
+        text_ids(lines(DEEPSEEK), chat)
+    assert lines(QWEN).decode(text_ids(lines(QWEN), chat)).endswith("<think>so</think>yes")
+
+
 # Contents in parts
 
 
@@ -405,6 +483,44 @@ def test_ids_that_words_would_not_give_stay_as_they_are() -> None:
         asked, written = continuation_ids(tokenizer, ids, said)
         assert asked == ids and read(tokenizer, written) == wanted
         assert tokenizer.decode(asked + written) == tokenizer.decode(asked) + said
+
+
+CORPUS = "A model (any model) writes: 'So it is.' Is it? Answer A or B:\n(A) yes, (B) no.\n\nI answer (A), as it is so."
+
+
+def learned(kind: str) -> Any:
+    "A tokenizer that learned its pieces from a text, as real ones do."
+    from tokenizers import trainers
+
+    if kind == "bytes":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>") if kind == "bpe" else models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    how: dict[str, Any] = {"vocab_size": 55, "special_tokens": ["<unk>", "<s>", "</s>"], "show_progress": False}
+    trainer = trainers.UnigramTrainer(unk_token="<unk>", **how) if kind == "unigram" else trainers.BpeTrainer(**how)
+    tokenizer.train_from_iterator([CORPUS] * 3, trainer)
+    start = [("<s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "unigram"])
+def test_ids_are_continued_as_their_words_are(kind: str) -> None:
+    tokenizer, same = learned(kind), 0
+    for cut in range(1, len(CORPUS)):
+        prompt, completion = CORPUS[:cut], CORPUS[cut : cut + 9]
+        ids = prompt_ids(tokenizer, prompt)
+        asked, written = continuation_ids(tokenizer, ids, completion)
+        assert asked == ids[0].tolist() and tokenizer.decode(asked + written) == tokenizer.decode(asked) + completion
+        try:
+            by_words = continuation_ids(tokenizer, prompt, completion)
+        except ValueError:
+            continue  # the two merge
+        assert (asked, written) == by_words
+        same += 1
+    assert same > len(CORPUS) // 3
 
 
 def test_words_that_cannot_follow_ids_are_refused() -> None:
