@@ -91,7 +91,7 @@ def returned(
         return {f"item {n}": value for n, value in enumerate(output)}
     return dict(getattr(output, "__dict__", {})) if not isinstance(output, Tensor) else {}
 
-# %% ../nbs/reference/calls.ipynb #9170ae2d
+# %% ../nbs/reference/calls.ipynb #0175145c
 def cache_length(
     cache: Any,  # what the model was given to continue, or None
 ) -> int | Tensor | None:  # columns it holds; a tensor where only the device knows; None where it has no length
@@ -111,23 +111,27 @@ def cache_length(
 
 def tensors(
     value: Any,  # anything
-    depth: int = 4,  # how deep to look
+    most: int = 10_000,  # parts to look at
 ) -> Iterator[Tensor]:
     "The tensors that `value` holds, in containers and attributes."
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and not isinstance(value, (str, bytes, type, nn.Module)):
-        inside = value.values() if isinstance(value, Mapping) else value
-        inside = inside if isinstance(value, (Mapping, list, tuple)) else getattr(value, "__dict__", {}).values()
-        for part in inside:
-            yield from tensors(part, depth - 1)
+    waiting, met = [value], {id(value)}
+    while waiting and len(met) < most:
+        part = waiting.pop(0)
+        if isinstance(part, Tensor):
+            yield part
+        elif not isinstance(part, (str, bytes, type, nn.Module)):
+            inside = part.values() if isinstance(part, Mapping) else part
+            inside = inside if isinstance(part, (Mapping, list, tuple)) else getattr(part, "__dict__", {}).values()
+            waiting += [p for p in inside if id(p) not in met]
+            met |= {id(p) for p in inside}
 
 
 def is_blank(
     cache: Any,  # a state
 ) -> bool:
     "Whether a state holds nothing but zeros, as before its first token."
-    return not any(t.is_meta or bool(t.any()) for t in tensors(cache, depth=6))
+    shown = isinstance(cache, (list, tuple, Mapping)) or hasattr(cache, "__dict__")  # else nobody sees what it holds
+    return shown and not any(t.is_meta or bool(t.any()) for t in tensors(cache))
 
 # %% ../nbs/reference/calls.ipynb #03d0b7cc
 USUAL = re.compile(

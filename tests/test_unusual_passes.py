@@ -14,6 +14,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from versions import fault, skip_if
 
 from steering_vectors import SteeringVector, find_layers
 from steering_vectors.demo import tiny_model
@@ -189,5 +190,7 @@ def test_columns_that_the_model_is_told_are_believed() -> None:
 
 def test_a_vector_without_numbers_can_be_attached() -> None:
     model: Any = tiny_model("llama").to("meta")
+    ids = torch.ones(1, 4, dtype=torch.long, device="meta")
+    skip_if(fault(lambda: model(ids), "a model without numbers does not run"))
     with SteeringVector({1: torch.ones(32, device="meta")}).apply(model):
-        assert model(torch.ones(1, 4, dtype=torch.long, device="meta")).logits.is_meta
+        assert model(ids).logits.is_meta

@@ -1,0 +1,29 @@
+"""What transformers itself cannot do, in the installed version: found out by doing it unsteered, and skipped with the reason."""
+
+from collections.abc import Callable
+
+import pytest
+import transformers
+
+SINCE = (5, 23)  # from this version on, all of it works, and nothing here may be skipped
+
+
+def installed() -> tuple[int, ...]:
+    return tuple(int(n) for n in transformers.__version__.split(".")[:2])
+
+
+def fault(unsteered: Callable[[], object], what: str) -> str | None:
+    "Why `what` cannot be tested: it fails without steering as well. None where it works."
+    try:
+        unsteered()
+    except Exception as error:
+        if installed() >= SINCE:
+            raise
+        words = str(error).strip().split("\n")[0][:120]
+        return f"transformers {transformers.__version__} itself: {what}, unsteered as well ({type(error).__name__}: {words})"
+    return None
+
+
+def skip_if(reason: str | None) -> None:
+    if reason is not None:
+        pytest.skip(reason)
