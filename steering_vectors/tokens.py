@@ -447,7 +447,7 @@ def _mask(chosen: Any) -> Tensor:
         warnings.warn(
             f"A tensor is a mask: {mask.tolist()} steers the columns {mask.nonzero()[:, 0].tolist()}. For column numbers pass the "
             f"list {mask.tolist()}; where a mask is meant, pass a tensor of bools.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return mask.bool()
 

@@ -360,8 +360,9 @@ def test_a_tensor_that_looks_like_numbers_is_a_mask_and_warned_about(numbers: li
     with pytest.warns(UserWarning, match=re.escape(f"pass the list {numbers}")):
         chosen = as_selection(token_indices=kind(numbers))
     assert chosen == as_selection(token_indices=[bool(i) for i in numbers])  # as in 0.12
-    with pytest.warns(UserWarning, match="For column numbers"):
+    with pytest.warns(UserWarning, match="For column numbers") as heard:
         Tokens.generated | kind(numbers)
+    assert heard[0].filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -586,6 +587,49 @@ def test_more_prompts() -> None:
     batch["input_ids"] = batch["input_ids"][:, 1:]  # no longer what the tokenizer made: its words do not fit
     batch["attention_mask"] = batch["attention_mask"][:, 1:]
     assert Prompt.of(batch).words is None and Prompt.of(batch).columns == 5
+
+
+MIXED: list[Any] = [
+    Tokens.response - Tokens.columns[7],
+    [1, 6] | Tokens.generated[2:],
+    Tokens.all & slice(3, None, 2),
+    (Tokens.response | torch.tensor([False, False, True, False, False, False])) - [5],
+    ~Tokens.prompt[1:],
+]
+
+
+@pytest.mark.parametrize("tokens", MIXED, ids=repr)
+def test_in_a_model_with_and_without_a_cache(tokens: Tokens) -> None:
+    "Padded rows, generated from: the columns that differ from the unsteered ones are those that are meant."
+    from steering_vectors import SteeringVector
+    from steering_vectors.demo import tiny_model
+    from steering_vectors.hooks import read_output
+
+    model = tiny_model()
+    given = {"input_ids": torch.tensor([[0, 0, 9, 17, 5, 12], [5, 9, 17, 33, 12, 44]])}
+    given["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    vector = SteeringVector({1: torch.full((model.config.hidden_size,), 3.0)})
+    seen: list[torch.Tensor] = []
+
+    def run(cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        "The ids, and what layer 1 returned for each column."
+        seen.clear()
+        with vector.apply(model, tokens=tokens, prompt=given), read_output(model.model.layers[1], seen.append):
+            ids = model.generate(**given, max_new_tokens=5, do_sample=False, use_cache=cache, pad_token_id=0)
+        return ids, torch.cat(seen, 1) if cache else seen[-1]
+
+    ids, acts = run(cache=True)
+    again, others = run(cache=False)
+    assert torch.equal(ids, again)
+    real = torch.cat([given["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)
+    seen.clear()
+    with torch.no_grad(), read_output(model.model.layers[1], seen.append):
+        model(ids[:, :-1], attention_mask=real)
+    meant = select(tokens, Place(0, 2, 10, 6, None, given["attention_mask"].bool(), ids[:, :-1]))
+    assert isinstance(meant, torch.Tensor) and bool(meant.any())
+    for found in (acts, others):
+        marks = (found - seen[0]).abs().amax(-1) > 1
+        assert torch.equal(marks & real.bool(), meant.expand(2, -1) & real.bool())
 
 
 def test_the_definition_can_disagree() -> None:
