@@ -261,9 +261,7 @@ def read_own(
     header, wanted = (str(keys.get(f"steering_vectors.{k}", ("", ""))[1]) for k in ("header", "sha256"))
     if checksum(header, layers) != wanted:
         raise ValueError("its contents do not match its checksum, so something in it was changed.")
-    layer_type, story = read_header(header)
-    added = {k: v for k, v in other_keys(keys).items() if k != "controlvector.layer_count"}
-    return layer_type, replace(story, extra={**story.extra, **added})
+    return read_header(header)
 
 # %% ../nbs/reference/exports.ipynb #bd3c16fe
 def vllm_lens_payload(

