@@ -513,7 +513,7 @@ def check_model(
     "Refuse a model that cannot read a text given as token ids."
     plain = unwrap(model)[0]
     name, takes = type(plain).__name__, inspect.signature(plain.forward).parameters
-    if "decoder_input_ids" in takes:
+    if "decoder_input_ids" in takes and getattr(getattr(plain, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder: its decoder takes inputs of its own beside the text, so its layers cannot be read "
             "from texts alone. Train on its encoder, model.get_encoder(), or on a decoder-only model."
