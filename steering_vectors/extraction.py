@@ -37,7 +37,7 @@ from steering_vectors.passes import (
     padded_pass,
     undisturbed,
 )
-from .prompts import Template, Text
+from .prompts import Template, Text, check_tokenizer
 from .ranks import Distributed, Ranks, fingerprint, ranks
 from steering_vectors.samples import (
     EncodedText,
@@ -465,9 +465,11 @@ def check_request(
     tokenizer: Any,
 ) -> None:
     "Refuse what can be refused before any text is read."
-    if not callable(tokenizer) or isinstance(tokenizer, nn.Module):
-        swapped = ": are model and tokenizer in the right order?" if isinstance(tokenizer, nn.Module) else "."
-        raise TypeError(f"tokenizer must be the model's tokenizer, not a {type(tokenizer).__name__}{swapped}")
+    if isinstance(tokenizer, nn.Module):
+        raise TypeError(
+            f"tokenizer must be the model's tokenizer, not a {type(tokenizer).__name__}: are model and tokenizer in the right order?"
+        )
+    check_tokenizer(tokenizer)
     for name, number in {"batch_size": request.batch_size, "token_budget": request.token_budget}.items():
         if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
             what = "pairs" if name == "batch_size" else "tokens"
@@ -511,7 +513,7 @@ def check_model(
     "Refuse a model that cannot read a text given as token ids."
     plain = unwrap(model)[0]
     name, takes = type(plain).__name__, inspect.signature(plain.forward).parameters
-    if "decoder_input_ids" in takes:
+    if "decoder_input_ids" in takes and getattr(getattr(plain, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder: its decoder takes inputs of its own beside the text, so its layers cannot be read "
             "from texts alone. Train on its encoder, model.get_encoder(), or on a decoder-only model."

@@ -108,7 +108,7 @@ def _digest(value: Any) -> str:
 # %% ../nbs/reference/ranks.ipynb #0d31f7f3
 Distributed = Union["ProcessGroup", Literal[False], None]  # who shares the samples; None: all processes that there are
 
-WORD_AFTER = 10.0  # seconds of waiting until the log says for whom
+WORD_AFTER = 10.0  # seconds of waiting until the log tells for whom
 PATIENCE = 300.0  # seconds of waiting until a rank gives up
 
 
@@ -121,20 +121,27 @@ def meet(
 ) -> None:
     "Wait until every process is here."
     store.set(f"{name}/{rank}", "here")
+    try:
+        _wait_for(store, name, rank, members, patience)
+    except BaseException:  # it has left, and may come again
+        store.delete_key(f"{name}/{rank}")
+        raise
+
+
+def _wait_for(store: Any, name: str, rank: int, members: Sequence[int], patience: float) -> None:
     began, warned = time.monotonic(), False
     while not store.check([f"{name}/{member}" for member in members]):
         waited = time.monotonic() - began
-        if waited > WORD_AFTER and not warned or waited > patience:
-            missing = [member for member in members if not store.check([f"{name}/{member}"])]
-            whom = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        if waited > patience or (waited > WORD_AFTER and not warned):
+            missing = [str(member) for member in members if not store.check([f"{name}/{member}"])]
+            whom = f"rank{'s' * (len(missing) > 1)} {', '.join(missing)}"
             if waited > patience:
-                store.delete_key(f"{name}/{rank}")
                 raise RuntimeError(
                     f"Rank {rank} has waited {waited:.0f} s for {whom}. Samples are shared out among all processes, so each of "
                     "them must make this call. Pass distributed=False where a process makes a vector of its own."
                 )
             logger.warning(
-                "Rank %d waits for %s: every process must make this call, or pass distributed=False", rank, whom
+                "Rank %d waits for %s. Every process must make this call, or pass distributed=False", rank, whom
             )
             warned = True
         time.sleep(min(0.2, 0.001 + waited / 10))
@@ -195,7 +202,8 @@ def _assemble(store: Any, name: str, rank: int, members: Sequence[int], patience
         "Samples are shared out by %d processes, and each of them must make this call; distributed=False stays alone",
         len(members),
     )
-    place = f"steering_vectors/{name}/{_meetings.get(name, 0)}"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of `torchrun` outlives a restart
+    place = f"steering_vectors/{attempt}/{name}/{_meetings.get(name, 0)}"
     meet(store, place, rank, members, patience)
     _meetings[name] = _meetings.get(name, 0) + 1
     return place
@@ -229,7 +237,8 @@ def _outside() -> Any:
 
 def _spread(model: nn.Module) -> bool:
     "Whether one copy of `model` is spread over the processes."
-    return any("DTensor" in type(p).__name__ or hasattr(p, "_is_flat_param") for p in model.parameters())
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    return any("DTensor" in type(p).__name__ or hasattr(p, "_is_flat_param") for p in weights)
 
 # %% ../nbs/reference/ranks.ipynb #64ae4bc6
 def fingerprint(

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from steering_vectors import train_steering_vector
+from steering_vectors import extract_activations, ranks, train_steering_vector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 
 SCRIPT = """
@@ -255,3 +256,49 @@ def test_a_process_group_is_used_as_it_is(tmp_path: Path) -> None:
     assert same(train(pairs[: 1 + rank]), train(pairs[: 1 + rank], distributed=False))
     dist.destroy_process_group()
     """)  # fmt: skip
+
+
+# --- without other processes
+
+
+def test_a_wait_that_was_broken_off_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    store.set("call/2", "here")
+    with pytest.raises(RuntimeError, match=r"Rank 0 has waited 0 s for ranks 1, 3\. .* distributed=False"):
+        ranks.meet(store, "call", 0, [0, 1, 2, 3], patience=0.02)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranks.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ranks.meet(store, "call", 0, [0, 1, 2, 3])
+    assert not store.check(["call/0"]) and store.check(["call/2"])
+    for rank in (1, 3):
+        store.set(f"call/{rank}", "here")
+    ranks.meet(store, "call", 0, [0, 1, 2, 3])
+    assert store.check(["call/0"])
+
+
+@pytest.mark.parametrize("wrong", [True, 0, "gloo", [0, 1], -1])
+def test_what_is_no_group_is_refused_with_or_without_processes(wrong: Any) -> None:
+    for call in (train_steering_vector, extract_activations):
+        with pytest.raises(TypeError, match="distributed= takes False"):
+            call(tiny_model("llama"), tiny_tokenizer(), [("a", "b")], distributed=wrong)
+    train_steering_vector(tiny_model("llama"), tiny_tokenizer(), [("a", "b")], distributed=False)
+
+
+def test_what_is_compared_is_the_same_in_every_process() -> None:
+    "Not where an object lies in memory; but every weight counts."
+    assert ranks._digest({"tools": [lambda: None]}) == ranks._digest({"tools": [lambda: None]})
+    assert ranks._digest([("a", "b")]) != ranks._digest([("a", "c")])
+    model = tiny_model("llama")
+    before = ranks.fingerprint(model)
+    assert before == ranks.fingerprint(tiny_model("llama")) != ranks.fingerprint(tiny_model("llama", seed=1))
+    for p in model.parameters():
+        with torch.no_grad():
+            p.add_(0.01)
+            assert ranks.fingerprint(model) != before
+            p.sub_(0.01)
+    assert ranks.fingerprint(torch.nn.Linear(3, 3).to(torch.float8_e4m3fn))
+    assert not ranks.fingerprint(torch.nn.Linear(3, 3, device="meta"))

@@ -364,7 +364,7 @@ def test_a_failing_tokenizer_and_a_failing_iterable() -> None:
     model = tiny_model("llama")
 
     class Broken:
-        bos_token = chat_template = None
+        bos_token = chat_template = decode = None
 
         def __call__(self, texts: Any, **how: Any) -> Any:
             raise RuntimeError("no vocabulary")
@@ -478,12 +478,14 @@ def test_a_budget_for_every_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_in_half_precision_no_wrong_way_is_taken() -> None:
-    "Blenderbot's decoder numbers columns, not positions, and in bfloat16 that is small."
+    "Blenderbot's decoder numbers columns, not positions, and in bfloat16 that is small: packed rows would be wrong."
     for dtype in (torch.bfloat16, torch.float16):
         with families.quiet():
             model: Any = families.build("blenderbot-small").to(dtype)
             extract_activations(model, tiny_tokenizer(), PAIRS)
-        assert list(extraction._verdicts[model].values())[-1].way.kind == "padded"
+        assert way_of(model).kind == "continued"
+    check(model.to(torch.float32), PAIRS, tolerance=1e-5)
+    assert way_of(model).kind == "continued"
 
 
 def test_another_thread_generates_meanwhile() -> None:
@@ -519,3 +521,348 @@ def test_a_cache_that_cannot_be_continued_gives_way(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(extraction, "_apart", lambda inner, modules, way, *rest: float(way.kind == "packed"))
         check(model, PAIRS, tolerance=2e-5)
     assert list(extraction._verdicts[model].values())[-1].way.kind == "padded"
+
+
+# --- several readings in one pass
+
+
+WHERE = {"second": 1, "last": -1, "end": Tokens.all[82:], "by function": lambda text: -3}
+ALONE = {name: {"read": r} if isinstance(r, Tokens) else {"read_token_index": r} for name, r in WHERE.items()}
+
+
+def looks_ahead(model: nn.Module) -> nn.Module:
+    model.model.embed_tokens.register_forward_hook(lambda m, a, h: h + h.mean(1, keepdim=True))
+    return model
+
+
+def counts_columns(model: nn.Module) -> nn.Module:
+    model.model.embed_tokens.register_forward_hook(
+        lambda m, a, h: h + torch.arange(h.shape[1], device=h.device)[None, :, None] * 0.01
+    )
+    return model
+
+
+MODELS = {
+    "packed": lambda: tiny_model("llama"),
+    "packed, with a window": lambda: tiny_model("gemma2"),
+    "continued": lambda: families.build("bloom").to(torch.float32),
+    "padded": lambda: counts_columns(tiny_model("llama")),
+    "single": lambda: looks_ahead(tiny_model("llama")),
+}
+
+
+@pytest.mark.parametrize("way", MODELS)
+def test_several_readings_are_what_separate_calls_read(way: str) -> None:
+    with families.quiet():
+        model, tokenizer = MODELS[way](), tiny_tokenizer()
+        passes: list[int] = []
+        first = model.get_submodule(resolve_layers(model, "decoder_block")[0])
+        handle = first.register_forward_hook(
+            lambda m, args, out: passes.append(args[0].shape[0] * args[0].shape[1] if args else 1)
+        )
+        alone = {name: extract_activations(model, tokenizer, PAIRS, **how) for name, how in ALONE.items()}
+        found = extract_activations(model, tokenizer, PAIRS, read=WHERE)
+        where = {
+            name: r for name, r in WHERE.items() if name != "second"
+        }  # else there is no beginning before all places
+        made = []
+        for read in ({"last": -1}, where):
+            passes.clear()
+            extract_activations(model, tokenizer, PAIRS, read=read)
+            made.append(list(passes))
+        handle.remove()
+        assert made[0] == made[1]  # not one pass or token more than for one reading
+    assert way_of(model).kind == way.partition(",")[0]
+    assert list(found) == list(WHERE)
+    for name in WHERE:
+        for a, b in zip(found[name], alone[name], strict=True):
+            assert list(a) == list(b) and all(apart(a[n], b[n]) <= 1e-5 for n in b), name
+    assert all(
+        torch.equal(found["last"][side][n], alone["last"][side][n]) for side in (0, 1) for n in found["last"][side]
+    )
+
+
+@pytest.mark.parametrize(
+    "aggregator", [mean_aggregator(), pca_aggregator(), logistic_aggregator(), lambda p, n: p[0] - n[1]]
+)
+def test_several_vectors_from_one_training(aggregator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    where = {name: r for name, r in WHERE.items() if name != "second"}  # where all texts begin alike
+    for window in (1024, 2):
+        monkeypatch.setattr(extraction, "WINDOW", window)
+        vectors = train_steering_vector(
+            model, tokenizer, PAIRS, layers=[0, -1], read=where, aggregator=aggregator, move_to_cpu=True
+        )
+        assert list(vectors) == list(where)
+        for name in where:
+            alone = train_steering_vector(model, tokenizer, PAIRS, layers=[0, -1], aggregator=aggregator, **ALONE[name])
+            for n, v in alone.layer_activations.items():
+                assert torch.allclose(
+                    vectors[name].layer_activations[n],
+                    v,
+                    atol=2e-3 if aggregator.__class__.__name__ == "_Logistic" else 1e-5,
+                )
+            a, b = vectors[name].provenance, alone.provenance
+            assert (a.read_position, a.num_pairs) == (b.read_position, b.num_pairs)
+            assert all(abs(a.activation_norms[n] - norm) <= 1e-4 * norm for n, norm in b.activation_norms.items())
+
+
+def test_a_mapping_of_one_is_a_mapping() -> None:
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    vectors = train_steering_vector(model, tokenizer, PAIRS, read={"last": -1})
+    plain = train_steering_vector(model, tokenizer, PAIRS)
+    assert list(vectors) == ["last"]
+    assert all(torch.equal(vectors["last"].layer_activations[n], v) for n, v in plain.layer_activations.items())
+    sets = {"positive": [p for p, _ in PAIRS], "negative": [PAIRS[0][1]]}
+    both = extract_activations(model, tokenizer, sets, layer_type="mlp", read={"last": -1, "some": Tokens.all[80:]})
+    assert [len(side[0]) for sides in both.values() for side in sides] == [4, 1, 4, 1]
+
+
+def test_words_about_readings() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    calls: list[int] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    placed = [PAIRS[0], Sample(*PAIRS[1], read_negative_token_index=-2)]
+    some: Any
+    for error, words, samples, some in [
+        (ValueError, "read= is an empty mapping", PAIRS, {}),
+        (TypeError, "3 is not a name", PAIRS, {3: -1}),
+        (TypeError, "'' is not a name", PAIRS, {"": -1}),
+        (TypeError, "takes an expression such as Tokens.generated, a number", PAIRS, {"a": "last"}),
+        (TypeError, "takes an expression such as Tokens.generated, a number", PAIRS, {"a": True}),
+        (TypeError, "takes an expression such as Tokens.generated, a number", PAIRS, {"a": -1, "b": [1, 2]}),
+        (TypeError, "takes an expression such as Tokens.generated, not -1", PAIRS, -1),
+        (ValueError, r"read=\{'far': ...\}: The positive text of sample 0 has 93 tokens, so token 100", PAIRS[1:], {"near": 1, "far": 100}),
+        (ValueError, r"read=\{'none': ...\}: The positive text of sample 0 has .* names none of them", PAIRS, {"a": -1, "none": Tokens.all[500:]}),
+        (TypeError, r"read=\{'odd': ...\}: The positive text of sample 0 is read at a whole number", PAIRS, {"odd": lambda text: "x"}),
+        (ValueError, "The negative text of sample 1 says itself where it is read", placed, {"a": -1}),
+    ]:  # fmt: skip
+        for call in (train_steering_vector, extract_activations):
+            with pytest.raises(error, match=words):
+                call(model, tokenizer, samples, read=some)
+    with pytest.raises(ValueError, match="both say what to read"):
+        train_steering_vector(model, tokenizer, PAIRS, read=Tokens.all[80:], read_token_index=-2)
+    handle.remove()
+    assert not calls and clean(model)
+
+
+# --- what the vector remembers
+
+
+def test_the_place_that_was_read_is_the_one_in_the_provenance() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+
+    def where(samples: Any, **how: Any) -> str | None:
+        return train_steering_vector(model, tokenizer, samples, layers=[1], **how).provenance.read_position
+
+    both = [Sample(*pair, read_positive_token_index=-2, read_negative_token_index=-2) for pair in PAIRS]
+    assert where(both) == "-2"
+    assert where(both, read=Tokens.all[80:]) == "-2"  # a sample's own place wins
+    assert where([*both[:3], PAIRS[3]]) == "by sample"
+    assert where([Sample(*pair, read_positive_token_index=-2) for pair in PAIRS]) == "by sample"
+    assert where([Sample(*pair, -1, -1) for pair in PAIRS[:1]] + [Sample(*pair) for pair in PAIRS[1:]]) == "-1"
+    place = len(tiny_tokenizer()(f"{HEAD}Why? ")["input_ids"])
+    row = {"positive": PAIRS[3][0], "negative": PAIRS[3][1]}
+    assert where([row | {"read_positive_token_index": place, "read_negative_token_index": place}]) == str(place)
+    assert where(PAIRS) == "-1" and where(PAIRS, read=Tokens.all[80:]) == "Tokens.all[80:]"
+
+    def at_the_end(text: str) -> int:
+        return -1
+
+    assert where(PAIRS, read_token_index=at_the_end) == "at_the_end"
+
+
+# --- models that cannot read a text as it comes
+
+
+def small(name: str) -> Any:
+    import transformers as tf
+
+    size: dict[str, Any] = {"vocab_size": 100, "d_model": 32, "decoder_start_token_id": 0}
+    two = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    four = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    image = tower | {"image_size": 32, "patch_size": 16}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    return {
+        "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**size, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
+        "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**size, **two, **four)),
+        "whisper": lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**size, **two, **four, **ends)),
+        "vit": lambda: tf.ViTModel(tf.ViTConfig(**image)),
+        "clip": lambda: tf.CLIPModel(tf.CLIPConfig(text_config=tower | ends | {"vocab_size": 100}, vision_config=image)),
+        "bert": lambda: tf.BertModel(tf.BertConfig(**tower, vocab_size=100)),
+        "llava": lambda: tf.LlavaForConditionalGeneration(tf.LlavaConfig(
+            vision_config=tf.CLIPVisionConfig(**image), text_config=tf.LlamaConfig(**tower, vocab_size=100))),
+    }[name]().eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("name, words", [
+    ("t5", "T5ForConditionalGeneration is an encoder-decoder: its decoder takes inputs of its own"),
+    ("bart", "BartForConditionalGeneration is an encoder-decoder"),
+    ("whisper", "WhisperForConditionalGeneration is an encoder-decoder"),
+    ("vit", "ViTModel cannot read a text that is given as token ids alone"),
+    ("clip", "CLIPModel cannot read a text that is given as token ids alone"),
+])  # fmt: skip
+def test_models_that_need_more_than_a_text_are_refused(name: str, words: str) -> None:
+    model = small(name)
+    for call in (train_steering_vector, extract_activations):
+        with pytest.raises(ValueError, match=words):
+            call(model, tiny_tokenizer(), [("Warm", "Cold")])
+    assert clean(model)
+
+
+def test_a_wrapped_encoder_decoder_is_refused_too() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small("t5"), peft.LoraConfig(target_modules=["q", "v"]))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        train_steering_vector(model, tiny_tokenizer(), PAIRS)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_alone_is_read(name: str) -> None:
+    encoder = small(name).get_encoder()
+    check(encoder, PAIRS)
+    assert len(train_steering_vector(encoder, tiny_tokenizer(), PAIRS).layer_activations) == 2
+
+
+def test_encoders_and_the_text_of_vision_models_are_read() -> None:
+    for name in ("bert", "llava"):
+        check(small(name), PAIRS)
+    check(small("clip").text_model, [("Warm", "Cold"), ("Yes", "No, no")])
+
+
+def test_prompt_tuning_is_read_where_the_text_stands() -> None:
+    "Twenty tokens in front of ten: nothing divides as it should, and places count the text's own tokens."
+    peft = pytest.importorskip("peft")
+    pairs = [("ten tokens", "ten others"), ("I am fine", "a bad one")]
+    for virtual in (20, 10, 7):
+        torch.manual_seed(0)
+        base = tiny_model("llama")
+        model = peft.get_peft_model(
+            base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+        ).eval()
+        found = extract_activations(model, tiny_tokenizer(), pairs, read={"first": 0, "last": -1})
+        for side in (0, 1):
+            for i, pair in enumerate(pairs):
+                ids = tiny_tokenizer()(pair[side], return_tensors="pt").input_ids
+                with torch.no_grad():
+                    front = model.get_prompt(1)
+                    whole = torch.cat([front, base.get_input_embeddings()(ids)], 1)
+                    hidden = base(inputs_embeds=whole, output_hidden_states=True).hidden_states
+                for n in (0, 1):
+                    for name, column in (("first", virtual), ("last", -1)):
+                        assert apart(found[name][side][n][i : i + 1], hidden[n + 1][0, column][None]) <= 1e-5
+
+
+# --- samples as people have them, and the chat template
+
+
+def test_a_default_device_plays_no_part() -> None:
+    sets = {"positive": [p for p, _ in PAIRS], "negative": [PAIRS[0][1]]}
+
+    def found(model: Any) -> list[Tensor]:
+        tokenizer = tiny_tokenizer()
+        vectors = train_steering_vector(
+            model, tokenizer, PAIRS, read={"last": -1, "end": Tokens.all[80:]}, aggregator=pca_aggregator()
+        )
+        all_of = [*vectors.values(), train_steering_vector(model, tokenizer, sets, batch_size=2)]
+        all_of.append(train_steering_vector(model, tokenizer, sets, aggregator=logistic_aggregator()))
+        acts = extract_activations(model, tokenizer, PAIRS, read_token_index=2)
+        return [v for vector in all_of for v in vector.layer_activations.values()] + [
+            h for side in acts for h in side.values()
+        ]
+
+    for way in ("packed", "continued", "padded", "single"):
+        with families.quiet():
+            model = MODELS[way]()
+            wanted = found(model)
+            extraction._verdicts.clear()
+            torch.set_default_device("meta")
+            try:
+                got = found(model)
+            finally:
+                torch.set_default_device(None)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), way
+
+
+def test_samples_as_people_have_them_train_the_same_vector() -> None:
+    pd, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    rows = [("Tea?", "Yes, please", "No"), ("Is it warm outside?", "Very", "Not at all"), ("Why?", "Joy", "Spite")]
+    chat = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+    columns = {
+        "prompt": [q for q, _, _ in rows],
+        "chosen": [a for _, a, _ in rows],
+        "rejected": [b for _, _, b in rows],
+    }
+    record = lambda q, a: {"prompt": q, "response": a}
+    spelled: dict[str, Any] = {
+        "records": [{"positive": record(q, a), "negative": record(q, b)} for q, a, b in rows],
+        "pairs of records": [(record(q, a), record(q, b)) for q, a, b in rows],
+        "preference rows": [{"prompt": q, "chosen": a, "rejected": b} for q, a, b in rows],
+        "conversations in them": [{"chosen": chat(q, a), "rejected": chat(q, b)} for q, a, b in rows],
+        "a data set": datasets.Dataset.from_dict(columns),
+        "a data frame": pd.DataFrame(columns),
+        "columns": columns,
+        "contents in parts": [
+            tuple([{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat(q, x)] for x in (a, b)) for q, a, b in rows
+        ],
+    }  # fmt: skip
+    for read in (None, Tokens.generated, Tokens.prompt[-1] | Tokens.generated):
+        wanted = train_steering_vector(model, tokenizer, [(chat(q, a), chat(q, b)) for q, a, b in rows], read=read)
+        for name, samples in spelled.items():
+            got = train_steering_vector(model, tokenizer, samples, read=read)
+            assert got.provenance.num_pairs == 3
+            for n, v in wanted.layer_activations.items():
+                assert torch.equal(got.layer_activations[n], v), (name, read)
+    frame = pd.DataFrame({"positive": [p for p, _ in PAIRS], "negative": [n for _, n in PAIRS]})
+    plain, got = (train_steering_vector(model, tokenizer, samples).layer_activations for samples in (PAIRS, frame))
+    assert all(torch.equal(got[n], v) for n, v in plain.items())
+
+
+def test_the_chat_template_gets_its_arguments() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {{ mood or 'calm' }}{% endif %}"
+    )
+    asked = lambda text: [{"role": "user", "content": text}]
+    chats = [(asked("Tea or coffee"), asked("No")), (asked("Warm"), asked("Cold"))]
+    text = lambda words, end: f"[user] {words} {end}" if end else f"[user] {words}"
+    words = [(x[0]["content"], y[0]["content"]) for x, y in chats]
+    for how, end in [
+        ({"add_generation_prompt": True}, "[assistant] calm"),
+        ({"add_generation_prompt": True, "template": {"mood": "glad"}}, "[assistant] glad"),
+        ({"add_generation_prompt": False}, ""),
+    ]:
+        a = extract_activations(model, tokenizer, chats, **how)
+        b = extract_activations(model, tokenizer, [(text(p, end), text(n, end)) for p, n in words])
+        assert all(torch.equal(a[side][n], b[side][n]) for side in (0, 1) for n in a[0])
+        v, w = (
+            train_steering_vector(model, tokenizer, chats, **how),
+            train_steering_vector(model, tokenizer, [(text(p, end), text(n, end)) for p, n in words]),
+        )
+        assert all(torch.equal(v.layer_activations[n], x) for n, x in w.layer_activations.items())
+        sets = {"positive": [p for p, _ in chats], "negative": [chats[0][1]]}
+        c = extract_activations(model, tokenizer, sets, **how)
+        assert all(torch.allclose(c[0][n], a[0][n], atol=1e-5) for n in a[0])
+    with pytest.warns(UserWarning, match="add_generation_prompt=True"):
+        train_steering_vector(model, tokenizer, chats)
+    records = [({"prompt": "Tea?", "response": "Yes"}, {"prompt": "Tea?", "response": "No"})]
+    bare = extract_activations(model, tokenizer, records, chat=False)
+    plain = extract_activations(model, tokenizer, [("Tea?Yes", "Tea?No")])
+    assert all(torch.equal(bare[0][n], plain[0][n]) for n in plain[0])
+
+
+def test_a_processor_is_refused_in_words() -> None:
+    class SomeProcessor:
+        tokenizer = tiny_tokenizer()
+
+        def __call__(self, *args: Any) -> Any: ...
+
+        def decode(self, *args: Any) -> Any: ...
+
+    for call in (train_steering_vector, extract_activations):
+        with pytest.raises(TypeError, match="SomeProcessor is a processor"):
+            call(tiny_model("llama"), SomeProcessor(), PAIRS)  # type: ignore[operator]
