@@ -103,6 +103,7 @@ class _Stance:
         try:
             while (self.held is None) == any(True for _ in _listeners):
                 if self.held is None:
+                    _check_not_compiled()
                     self.held = torch.compiler.set_stance("force_eager")
                 else:
                     self.held.__exit__(None, None, None)
@@ -119,6 +120,17 @@ class _Stance:
                 pass
             finally:
                 _lock.release()
+
+
+def _check_not_compiled() -> None:
+    "Refuse to begin inside of a compiled function: what is compiled there would keep the hooks, or miss them."
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    if get_eval_frame_callback() not in (None, False):
+        raise ValueError(
+            "Steering and recording cannot begin inside of a function that torch.compile compiles. Open the `with` block around "
+            "the call of the compiled function, or compile the model instead."
+        )
 
 
 _stance = _Stance()
