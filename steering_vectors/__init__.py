@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "1.0.0"
 
 if TYPE_CHECKING:
+    from .aggregators import AccumulatingAggregator as AccumulatingAggregator
     from .aggregators import Aggregator as Aggregator
     from .aggregators import logistic_aggregator as logistic_aggregator
     from .aggregators import mean_aggregator as mean_aggregator
@@ -85,6 +86,7 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "ablation_operator": "operators",
     "addition_operator": "operators",
     "ablation_then_addition_operator": "operators",
+    "AccumulatingAggregator": "aggregators",
     "find_layers": "layers",
     "FoundLayers": "layers",
     "Recording": "recording",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Aggregator', 'ActivationsByLayer', 'AccumulatingAggregator', 'mean_aggregator', 'pca_aggregator',
-           'logistic_aggregator', 'aggregate_activations', 'check_aggregator', 'check_direction']
+           'logistic_aggregator', 'unpaired', 'aggregate_activations', 'check_aggregator', 'check_direction']
 
 # %% ../nbs/reference/aggregators.ipynb #696e55b0
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +92,9 @@ class _Moments(NamedTuple):
     device: torch.device | None  # of the activations
 
 
+_FOR_SETS = "mean_aggregator(), logistic_aggregator() or pca_aggregator(paired=False)"
+
+
 class _PCA:
     needs_pairs = True
 
@@ -102,7 +105,7 @@ class _PCA:
         if len(pos_acts) != len(neg_acts):
             raise ValueError(
                 f"PCA works on differences of pairs, and there are {len(pos_acts)} positive and {len(neg_acts)} "
-                "negative activations. Use mean_aggregator() or logistic_aggregator() for unequal counts."
+                f"negative activations. For two sets without pairs use {_FOR_SETS}."
             )
         wide = _at_least_float32(pos_acts)
         deltas = (pos_acts.to(wide) - neg_acts.to(wide)).cpu()
@@ -160,33 +163,68 @@ def _workplace(state: _Moments) -> torch.device:
     "Where matrices of `state` are multiplied and solved."
     return state.device if state.device is not None and state.device.type == "cuda" else torch.device("cpu")
 
-
-def pca_aggregator() -> Aggregator:
+# %% ../nbs/reference/aggregators.ipynb #5d0c7b04
+def pca_aggregator(
+    paired: bool = True,  # False: two sets without pairs, of any two lengths
+) -> Aggregator:
     "The first principal component of the pairs' differences, norm 1, pointing from negative to positive."
-    return _PCA()
+    return _PCA() if paired else _PCAOfSets()
+
+
+class _PCAOfSets:
+    needs_pairs = False
+
+    def __call__(self, pos_acts: Tensor, neg_acts: Tensor) -> Tensor:
+        if not (len(pos_acts) and len(neg_acts)):
+            raise ValueError("There are no activations on one of the two sides, so there is no direction to find.")
+        wide = _at_least_float32(pos_acts)
+        pos, neg = pos_acts.to(wide), neg_acts.to(wide)
+        middle = (pos.mean(0) + neg.mean(0)) / 2
+        rows = torch.cat([(h - middle) / len(h) ** 0.5 for h in (pos, neg)]).cpu()
+        way = (pos.mean(0) - neg.mean(0)).cpu().double()
+        return _PCA().finish(_folded(_Moments([rows], None, way, pos_acts.dtype, pos_acts.device)))
+
+    def __repr__(self) -> str:
+        return "pca_aggregator(paired=False)"
 
 # %% ../nbs/reference/aggregators.ipynb #4e1175cc
 def logistic_aggregator(
     sklearn_kwargs: dict[str, Any] | None = None,  # options of scikit-learn's `LogisticRegression`
+    paired: bool = True,  # False: two sets without pairs, though they may be of one length
 ) -> Aggregator:
     "The normal of the plane that separates positive from negative activations, norm 1."
-    options = {"fit_intercept": False, **(sklearn_kwargs or {})}
+    return _Logistic({"fit_intercept": False, **(sklearn_kwargs or {})}, paired)
+
+
+class _Logistic:
+    needs_pairs = False
+
+    def __init__(self, options: dict[str, Any], paired: bool):
+        self.options, self.paired, self.__name__ = options, paired, "logistic_aggregator"
 
     @torch.no_grad()
-    def logistic(pos_acts: Tensor, neg_acts: Tensor) -> Tensor:
+    def __call__(self, pos_acts: Tensor, neg_acts: Tensor) -> Tensor:
         from sklearn.linear_model import LogisticRegression
 
         wide = _at_least_float32(pos_acts)
         pos, neg = pos_acts.to(wide), neg_acts.to(wide)
-        paired = len(pos) == len(neg)
+        paired = self.paired and len(pos) == len(neg)
         middle = (pos + neg) / 2 if paired else (pos.mean(0) + neg.mean(0)) / 2
         labels = [1] * len(pos) + [-1] * len(neg)
-        fit = LogisticRegression(**options).fit(torch.cat([pos - middle, neg - middle]).cpu().numpy(), labels)
+        fit = LogisticRegression(**self.options).fit(torch.cat([pos - middle, neg - middle]).cpu().numpy(), labels)
         arrow = torch.as_tensor(fit.coef_[0], dtype=wide, device=pos.device)
         return torch.nn.functional.normalize(arrow, dim=0).to(pos_acts.dtype)
 
-    logistic.__name__ = "logistic_aggregator"
-    return logistic
+# %% ../nbs/reference/aggregators.ipynb #5d0c7b07
+def unpaired(
+    aggregator: Aggregator,  # as somebody passed it
+) -> Aggregator:  # the same, for sets
+    "The aggregator for two sets without pairs; ValueError where it needs pairs."
+    if getattr(aggregator, "needs_pairs", False):
+        raise ValueError(
+            f"{aggregator!r} works on differences of pairs, and two sets without pairs have none. Use {_FOR_SETS}."
+        )
+    return _Logistic(aggregator.options, paired=False) if isinstance(aggregator, _Logistic) else aggregator
 
 # %% ../nbs/reference/aggregators.ipynb #00f137be
 ActivationsByLayer = Mapping[int, Tensor] | Mapping[int, Sequence[Tensor]]
@@ -211,8 +249,20 @@ def aggregate_activations(
             raise ValueError(
                 f"Layer {layer} is {pos.shape[1]} wide on the positive side and {neg.shape[1]} on the negative."
             )
-        found[layer] = check_direction(aggregator(pos, neg), pos.shape[1])
+        found[layer] = check_direction(_applied(aggregator, pos, neg), pos.shape[1])
     return found
+
+
+def _applied(aggregator: Aggregator, pos: Tensor, neg: Tensor) -> Tensor:
+    try:
+        return aggregator(pos, neg)
+    except RuntimeError as e:
+        if len(pos) != len(neg):
+            e.add_note(
+                f"There are {len(pos)} positive and {len(neg)} negative activations. Without pairs no row can be subtracted from "
+                "another; take the mean of each side first."
+            )
+        raise
 
 
 def check_aggregator(

@@ -141,15 +141,15 @@ def blocks(
     device: torch.device | str = "cpu",
 ) -> Blocks:
     "The keys that each stretch of `size` tokens of `row` needs to see."
-    depth, starts = torch.tensor(row.depth), range(0, len(row), size)
+    starts = range(0, len(row), size)
     paths = {path[-1]: path for path in row.paths.values() if path}
     path_to = _paths_to(starts, row.depth, sorted(paths.items()))
-    keys = torch.zeros(len(starts), max(depth[::size].tolist()) + size, dtype=torch.long)
+    keys = torch.zeros(len(starts), max(row.depth[::size]) + size, dtype=torch.long, device="cpu")
     used = torch.zeros_like(keys, dtype=torch.bool)
     for i, (start, above) in enumerate(zip(starts, path_to, strict=True)):
         stop = min(start + size, len(row))
         n = len(above) + stop - start
-        keys[i, :n] = torch.tensor([*above, *range(start, stop)])
+        keys[i, :n] = torch.tensor([*above, *range(start, stop)], device="cpu")
         used[i, :n] = True
     return Blocks(size, keys.to(device), used.to(device))
 

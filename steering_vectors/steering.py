@@ -456,7 +456,7 @@ def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
 
 def _check_reach(selection: Selection | None, prompt: Prompt | None) -> None:
     "Refuse a selection within the prompt that selects nothing of it."
-    inside = isinstance(selection, Tokens) and all(s.part == "prompt" and not s.without for s in selection.spans)
+    inside = isinstance(selection, Tokens) and selection.within_prompt and not selection.needs_ids
     numbers = isinstance(selection, Columns) and isinstance(selection.index, tuple)
     if prompt is None or not (inside or numbers):
         return

@@ -5,17 +5,20 @@
 # %% ../nbs/reference/tokens.ipynb #4a8d5abc
 from __future__ import annotations  # noqa: F404
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from functools import reduce
+from operator import and_, or_
 from operator import index as as_index
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Part', 'Selection', 'Place', 'numbering', 'prompt_tokens', 'Tokens', 'Columns', 'as_selection', 'Prompt', 'select']
+__all__ = ['Part', 'Need', 'Selection', 'Answer', 'Place', 'numbering', 'prompt_tokens', 'Columns', 'Tokens', 'as_selection',
+           'Prompt', 'select']
 
 # %% ../nbs/reference/tokens.ipynb #b1410fbc
 @dataclass(frozen=True)
@@ -68,25 +71,45 @@ def prompt_tokens(
     beyond = max(place.prompt_columns - place.real.shape[1], 0)  # columns that no mask has covered yet
     return place.real[:, : place.prompt_columns].to(place.device).sum(1, keepdim=True) + beyond
 
+# %% ../nbs/reference/tokens.ipynb #5d0c7a01
+def _is_bool(value: Any) -> bool:
+    "Whether `value` is `True` or `False`, or a tensor or an array of them."
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
+
+
+def _whole(number: Any) -> int:
+    "A whole number, of whatever type; `True` is none."
+    if _is_bool(number):
+        raise TypeError(f"{number!r} is not a whole number.")
+    return as_index(number)
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0 and not _is_bool(value)
+
+
+def _bounds(cut: slice) -> tuple[int | None, int | None, int | None]:
+    "Start, stop and step of a slice, checked."
+    start, stop, step = (None if i is None else _whole(i) for i in (cut.start, cut.stop, cut.step))
+    if step is not None and step < 1:
+        raise ValueError(f"The step must be 1 or more, not {step}: which tokens are steered has no direction.")
+    return start, stop, step
+
 # %% ../nbs/reference/tokens.ipynb #e842bcf2
 Part = Literal["all", "prompt", "generated", "response"]
+Need = Literal["prompt", "padding", "ids"]
 
 
 @dataclass(frozen=True)
-class _Span:
-    "One part of a sequence, narrowed by a slice, without some ids."
+class _Part:
+    "One part of a sequence, perhaps narrowed by a number or a slice."
 
     part: Part
     index: int | tuple[int | None, int | None, int | None] | None = None
-    without: tuple[int, ...] = ()
 
-    def __repr__(self) -> str:
-        if self.index is None:
-            return f"Tokens.{self.part}"
-        if isinstance(self.index, int):
-            return f"Tokens.{self.part}[{self.index}]"
-        start, stop, step = ("" if i is None else str(i) for i in self.index)
-        return f"Tokens.{self.part}[{start}:{stop}{':' + step if step else ''}]"
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return ("padding",) if self.part == "all" else ("prompt", "padding")
 
     @property
     def slice(self) -> tuple[int, int | None, int]:
@@ -96,108 +119,278 @@ class _Span:
         start, stop, step = self.index or (None, None, None)
         return start or 0, stop, step or 1
 
-# %% ../nbs/reference/tokens.ipynb #c528185d
-@dataclass(frozen=True)
-class Tokens:
-    "An expression that names tokens: `Tokens.prompt[-4:] | Tokens.generated[:8] - [13]`."
+    def __repr__(self) -> str:
+        if self.index is None:
+            return f"Tokens.{self.part}"
+        return f"Tokens.{self.part}[{self.index if isinstance(self.index, int) else _written(*self.index)}]"
 
-    spans: tuple[_Span, ...]
+
+def _written(start: int | None, stop: int | None, step: int | None) -> str:
+    "A slice, as one writes it in brackets."
+    first, last, by = ("" if i is None else str(i) for i in (start, stop, step))
+    return f"{first}:{last}{':' + by if by else ''}"
+
+# %% ../nbs/reference/tokens.ipynb #c528185d
+class _Selection:
+    "What every selection can be asked."
+
+    leaves: Any  # the parts, columns and ids in it
+
+    @property
+    def needs_prompt(self) -> bool:
+        "Whether the end of the prompt must be known."
+        return any("prompt" in leaf.needs for leaf in self.leaves)
+
+    @property
+    def needs_padding(self) -> bool:
+        "Whether it must be known which columns are padding."
+        return any("padding" in leaf.needs for leaf in self.leaves)
+
+    @property
+    def needs_ids(self) -> bool:
+        "Whether the token ids of the pass must be known."
+        return any("ids" in leaf.needs for leaf in self.leaves)
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        "The 0/1 masks in it."
+        return tuple(leaf.index for leaf in self.leaves if isinstance(leaf, Columns) and isinstance(leaf.index, Tensor))
+
+# %% ../nbs/reference/tokens.ipynb #90873880
+@dataclass(frozen=True, eq=False)
+class Columns(_Selection):
+    "Columns of the sequence: a slice, some numbers, or a 0/1 mask of shape (s,) or (b, s)."
+
+    index: slice | tuple[int, ...] | Tensor
+
+    @property
+    def leaves(self) -> tuple[Columns]:
+        "Itself."
+        return (self,)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        "The end of the prompt, where a number counts from it."
+        if isinstance(self.index, Tensor):
+            return ()
+        numbers = (self.index.start, self.index.stop) if isinstance(self.index, slice) else self.index
+        return ("prompt",) if any(i is not None and i < 0 for i in numbers) else ()
+
+    def __repr__(self) -> str:
+        return f"Tokens.columns[{_column_text(self.index)}]"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Columns) and _column_key(self.index) == _column_key(other.index)
+
+    def __hash__(self) -> int:
+        return hash(_column_key(self.index))
+
+
+def _column_text(index: slice | tuple[int, ...] | Tensor) -> str:
+    if isinstance(index, Tensor):
+        return str(index.tolist()) if index.numel() <= 32 else f"mask of shape {tuple(index.shape)}"
+    if isinstance(index, slice):
+        return _written(index.start, index.stop, index.step)
+    return ", ".join(map(str, index)) or "[]"
+
+
+def _column_key(index: slice | tuple[int, ...] | Tensor) -> tuple[Any, ...]:
+    "What makes two selections of columns equal: masks and slices cannot be hashed themselves."
+    if isinstance(index, Tensor):
+        return tuple(index.shape), tuple(index.flatten().tolist())
+    return (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+
+# %% ../nbs/reference/tokens.ipynb #5d0c7a13
+@dataclass(frozen=True)
+class _Ids:
+    "Every token that has one of these token ids."
+
+    ids: tuple[int, ...]
+    needs: ClassVar[tuple[Need, ...]] = ("ids",)
+
+    def __repr__(self) -> str:
+        return repr(list(self.ids))
+
+
+Sign = Literal["|", "&", "-"]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    "Expressions united by `|` or cut by `&`, or the first of two without the second, `-`."
+
+    sign: Sign
+    nodes: tuple[Node, ...]
+
+    def __repr__(self) -> str:
+        return f" {self.sign} ".join(f"({n!r})" if isinstance(n, _Joined) else repr(n) for n in self.nodes)
+
+
+Leaf = _Part | Columns | _Ids
+Node = Leaf | _Joined
+
+
+def _leaves(node: Node) -> Iterator[Leaf]:
+    "The leaves of an expression, from left to right."
+    if not isinstance(node, _Joined):
+        yield node
+        return
+    for inner in node.nodes:
+        yield from _leaves(inner)
+
+# %% ../nbs/reference/tokens.ipynb #5d0c7a15
+@dataclass(frozen=True)
+class Tokens(_Selection):
+    "An expression that names tokens: `Tokens.prompt[-4:] | (Tokens.generated[:8] - [13])`."
+
+    node: Node
 
     all: ClassVar[Tokens]  # every token, padding left out
     prompt: ClassVar[Tokens]  # the tokens the model was given
     generated: ClassVar[Tokens]  # the tokens that came after the prompt
     response: ClassVar[Tokens]  # the last prompt token and all generated: every pass that decides a generated token
+    columns: ClassVar[Tokens]  # every column, padding included
+    __array_ufunc__: ClassVar[None] = None  # an array on the left leaves the sign to us
 
-    def __getitem__(self, index: int | slice) -> Tokens:
-        "Narrow one part in each row's own numbering."
-        return Tokens((_narrowed(self, index),))
+    def __getitem__(self, index: Any) -> Tokens:
+        "Narrow one part in each row's own numbering, or choose columns."
+        return Tokens(_narrowed(self.node, index))
+
+    def __or__(self, other: Tokens | Columns | Iterable[int] | slice | Tensor) -> Tokens:
+        "The tokens of either; a list holds column numbers."
+        return _joined("|", self.node, _operand(other))
+
+    def __and__(self, other: Tokens | Columns | Iterable[int] | slice | Tensor) -> Tokens:
+        "The tokens of both; a list holds column numbers."
+        return _joined("&", self.node, _operand(other))
+
+    def __sub__(self, other: Tokens | Columns | int | Iterable[int] | slice | Tensor) -> Tokens:
+        "These tokens but for those of `other`; a list holds token ids."
+        node = _left_out(other)
+        return self if node == _Ids(()) else _joined("-", self.node, node)
+
+    def __invert__(self) -> Tokens:
+        "Every token but these."
+        return Tokens.all - self
+
+    def __ror__(self, other: Any) -> Tokens:
+        return _joined("|", _operand(other), self.node)
+
+    def __rand__(self, other: Any) -> Tokens:
+        return _joined("&", _operand(other), self.node)
+
+    def __rsub__(self, other: Any) -> Tokens:
+        return _joined("-", _operand(other), self.node)
+
+    def __contains__(self, item: object) -> NoReturn:
+        raise TypeError(
+            f"Which tokens {self!r} names depends on the text, so nothing can be looked up in it. To leave out a token id write "
+            f"{self - [13]!r}; steered_tokens() shows which tokens of a text are meant."
+        )
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            f"Which tokens {self!r} names depends on the text, so they cannot be listed. Narrow it with a slice, as in "
+            "Tokens.prompt[-4:]; steered_tokens() shows which tokens of a text are meant."
+        )
 
     @property
-    def needs_prompt(self) -> bool:
-        "Whether the end of the prompt must be known."
-        return any(span.part != "all" for span in self.spans)
+    def leaves(self) -> tuple[Leaf, ...]:
+        "The parts, columns and ids in it, from left to right."
+        return tuple(_leaves(self.node))
 
-    def __or__(self, other: Tokens) -> Tokens:
-        "The tokens of both."
-        if not isinstance(other, Tokens):
-            return NotImplemented
-        return Tokens(self.spans + tuple(s for s in other.spans if s not in self.spans))
-
-    def __sub__(self, ids: int | Iterable[int]) -> Tokens:
-        "The same tokens, but for those with one of these token ids."
-        out = (ids,) if isinstance(ids, int) else tuple(int(i) for i in ids)
-        return Tokens(tuple(replace(s, without=tuple(sorted({*s.without, *out}))) for s in self.spans))
+    @property
+    def within_prompt(self) -> bool:
+        "Whether it can only name tokens of the prompt."
+        return _within_prompt(self.node)
 
     def __repr__(self) -> str:
-        return _written(self.spans)
+        return repr(self.node)
 
 
-Tokens.all, Tokens.prompt = Tokens((_Span("all"),)), Tokens((_Span("prompt"),))
-Tokens.generated, Tokens.response = Tokens((_Span("generated"),)), Tokens((_Span("response"),))
+Tokens.all, Tokens.prompt = Tokens(_Part("all")), Tokens(_Part("prompt"))
+Tokens.generated, Tokens.response = Tokens(_Part("generated")), Tokens(_Part("response"))
+Tokens.columns = Tokens(Columns(slice(None)))
+
+Selection = Tokens | Columns
 
 # %% ../nbs/reference/tokens.ipynb #9a1451e2
-def _narrowed(tokens: Tokens, index: Any) -> _Span:
-    "The one part of `tokens`, narrowed by `index`, or an error that says why it cannot be."
-    span = tokens.spans[0]
-    if len(tokens.spans) != 1 or span.index is not None or span.without:
-        raise ValueError(f"Only one part can be narrowed, and once: Tokens.prompt[-4:], not ({tokens})[...].")
-    bounds = (index.start, index.stop, index.step) if isinstance(index, slice) else None
-    numbers = bounds or (index,)
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers if n is not None) or index is None:
-        raise TypeError(f"Index Tokens.{span.part} with a number or a slice, not {index!r}.")
-    if isinstance(index, slice) and index.step is not None and index.step < 1:
-        raise ValueError(f"The step must be 1 or more, not {index.step}: which tokens are steered has no direction.")
-    narrowed = replace(span, index=index if bounds is None else bounds)
-    if span.part != "prompt" and any(n is not None and n < 0 for n in numbers):
+def _joined(sign: Sign, left: Node, right: Node) -> Tokens:
+    "The expression `left sign right`."
+    if sign == "-":
+        return Tokens(_Joined(sign, (left, right)))
+    rows = [node.nodes if isinstance(node, _Joined) and node.sign == sign else (node,) for node in (left, right)]
+    nodes = tuple(dict.fromkeys(node for row in rows for node in row))
+    return Tokens(nodes[0] if len(nodes) == 1 else _Joined(sign, nodes))
+
+
+def _within_prompt(node: Node) -> bool:
+    "Whether an expression can only name tokens of the prompt."
+    if not isinstance(node, _Joined):
+        return isinstance(node, _Part) and node.part == "prompt"
+    inside = [_within_prompt(inner) for inner in node.nodes]
+    return inside[0] if node.sign == "-" else all(inside) if node.sign == "|" else any(inside)
+
+
+def _narrowed(node: Node, index: Any) -> Node:
+    "A part or the columns, narrowed by `index`, or an error that tells why they cannot be."
+    if node == Columns(slice(None)):
+        return _columns([index] if _is_number(index) else list(index) if isinstance(index, tuple) else index)
+    if not isinstance(node, _Part) or node.index is not None:
+        raise ValueError(f"Only one part can be narrowed, and once: Tokens.prompt[-4:], not ({node!r})[...].")
+    try:
+        bounds = _bounds(index) if isinstance(index, slice) else _whole(index)
+    except TypeError:
+        raise TypeError(f"Index {node!r} with a number or a slice, not {index!r}.") from None
+    narrowed = replace(node, index=bounds)
+    numbers = bounds if isinstance(bounds, tuple) else (bounds,)
+    if node.part != "prompt" and any(n is not None and n < 0 for n in numbers):
         raise ValueError(
             f"{narrowed!r} counts from an end that is still being written. Count from the beginning, or use Tokens.prompt, "
             "whose end is known."
         )
     return narrowed
 
-
-def _written(spans: tuple[_Span, ...]) -> str:
-    "The expression, as it was written."
-    texts = []
-    for without, group in groupby(spans, lambda span: span.without):
-        parts = [repr(span) for span in group]
-        text = f"({' | '.join(parts)})" if without and len(parts) > 1 else " | ".join(parts)
-        texts.append(f"{text} - {list(without)}" if without else text)
-    return " | ".join(texts)
-
-# %% ../nbs/reference/tokens.ipynb #90873880
-@dataclass(frozen=True, eq=False)
-class Columns:
-    "Columns of the sequence: a slice, some numbers, or a 0/1 mask of shape (s,) or (b, s)."
-
-    index: slice | tuple[int, ...] | Tensor
-
-    @property
-    def needs_prompt(self) -> bool:
-        "Whether the end of the prompt must be known: only where a number counts from it."
-        if isinstance(self.index, Tensor):
-            return False
-        numbers = (self.index.start, self.index.stop) if isinstance(self.index, slice) else self.index
-        return any(i is not None and i < 0 for i in numbers)
-
-    def __repr__(self) -> str:
-        if isinstance(self.index, Tensor):
-            return f"columns of a {tuple(self.index.shape)} mask"
-        if isinstance(self.index, slice):
-            start, stop, step = (
-                "" if i is None else str(i) for i in (self.index.start, self.index.stop, self.index.step)
-            )
-            return f"columns [{start}:{stop}{':' + step if step else ''}]"
-        return f"columns {list(self.index)}"
+# %% ../nbs/reference/tokens.ipynb #5d0c7a21
+def _operand(operand: Any) -> Node:
+    "The expression of what stands beside a sign."
+    chosen = operand if isinstance(operand, (Tokens, Columns)) else _columns(operand)
+    return chosen.node if isinstance(chosen, Tokens) else chosen
 
 
-Selection = Tokens | Columns
+def _left_out(operand: Any) -> Node:
+    "The expression of what stands to the right of `-`, where numbers are token ids."
+    columns = isinstance(operand, slice) or (hasattr(operand, "shape") and _is_bool(operand))
+    return _operand(operand) if columns or isinstance(operand, (Tokens, Columns)) else _Ids(_token_ids(operand))
+
+
+def _token_ids(operand: Any) -> tuple[int, ...]:
+    "Token ids, sorted, from one of them or from any collection."
+    flat = operand.reshape(-1).tolist() if hasattr(operand, "reshape") else operand
+    try:
+        if isinstance(flat, (str, bytes, Mapping)):
+            raise TypeError("It has members, but they are no ids.")
+        ids = [_whole(i) for i in (flat if isinstance(flat, Iterable) else [flat])]
+    except TypeError:
+        raise TypeError(
+            f"What is left out after - must be Tokens, columns (a slice, a tensor of bools, Tokens.columns[...]), or token ids "
+            f"(whole numbers: one, or a list of them), not {operand!r}."
+        ) from None
+    if wrong := [i for i in ids if not 0 <= i < 2**63]:
+        raise ValueError(
+            f"Numbers after - are token ids, and {wrong[0]} is none. For columns write Tokens.columns[...]."
+        )
+    if len(ids) > 2 and set(ids) <= {0, 1}:
+        raise ValueError(
+            "Numbers after - are token ids, and these are only 0 and 1. For a mask pass bools: mask.bool()."
+        )
+    return tuple(sorted(set(ids)))
 
 # %% ../nbs/reference/tokens.ipynb #f8984931
 def as_selection(
     min_token_index: int | None = None,  # steer this column and all later ones
-    token_indices: Sequence[int] | slice | Tensor | None = None,  # columns, or a 0/1 mask of shape (s,) or (b, s)
-    tokens: Tokens | Sequence[int] | slice | Tensor | None = None,  # an expression, or whatever `token_indices` takes
+    token_indices: Iterable[int] | slice | Tensor | None = None,  # columns, or a 0/1 mask of shape (s,) or (b, s)
+    tokens: Selection | Iterable[int] | slice | Tensor | None = None,  # an expression, or what `token_indices` takes
 ) -> Selection | None:  # None: every token
     "The one selection that these arguments name."
     given = {"min_token_index": min_token_index, "token_indices": token_indices, "tokens": tokens}
@@ -206,46 +399,42 @@ def as_selection(
         raise ValueError(f"{' and '.join(named)} both say which tokens to steer. Pass one of them.")
     if min_token_index is not None:
         try:
-            number: Any = None if isinstance(min_token_index, bool) else min_token_index
-            first = as_index(number)
+            first = _whole(min_token_index)
         except TypeError:
             raise TypeError(f"min_token_index must be a number of a column, not {min_token_index!r}.") from None
         return None if first == 0 else Columns(slice(first, None))
     chosen = tokens if tokens is not None else token_indices
-    if chosen is None or isinstance(chosen, Tokens):
-        return chosen
-    if isinstance(chosen, slice):
-        start, stop, step = (None if i is None else _numbers([i])[0] for i in (chosen.start, chosen.stop, chosen.step))
-        if step is not None and step < 1:
-            raise ValueError(f"The step must be 1 or more, not {step}: which columns are steered has no direction.")
-        return Columns(slice(start, stop, step))
-    return Columns(_mask(chosen) if _is_mask(chosen) else _numbers(chosen))
+    return chosen if chosen is None or isinstance(chosen, (Tokens, Columns)) else _columns(chosen)
 
-
-def _is_mask(chosen: Any) -> bool:
-    "Tensors, arrays and lists of bools are masks; lists of numbers are column numbers."
-    if hasattr(chosen, "shape"):
-        return True
-    return (
-        isinstance(chosen, (list, tuple))
-        and len(chosen) > 0
-        and all(isinstance(i, (bool, list, tuple)) for i in chosen)
-    )
-
-
-def _numbers(chosen: Any) -> tuple[int, ...]:
-    "Column numbers, checked."
+# %% ../nbs/reference/tokens.ipynb #5d0c7a1d
+def _columns(chosen: Any) -> Columns:
+    "Columns from a slice, a mask or numbers, checked."
     try:
-        return tuple(as_index(i) for i in chosen)
+        if isinstance(chosen, (str, bytes, Mapping)):
+            raise TypeError("It has members, but they are no numbers.")
+        if isinstance(chosen, slice):
+            return Columns(slice(*_bounds(chosen)))
+        return Columns(_mask(chosen) if _is_mask(chosen) else tuple(_whole(i) for i in chosen))
     except TypeError:
         raise TypeError(
             f"{chosen!r} names no tokens. Pass a Tokens expression, a list of column numbers, a slice, or a 0/1 mask."
         ) from None
 
 
+def _is_mask(chosen: Any) -> bool:
+    "Tensors, arrays and lists of bools are masks; lists of numbers are column numbers."
+    if hasattr(chosen, "shape"):
+        return True
+    inner = chosen if isinstance(chosen, (list, tuple)) else ()
+    return len(inner) > 0 and all(isinstance(i, (bool, list, tuple)) for i in inner)
+
+
 def _mask(chosen: Any) -> Tensor:
     "A mask on the CPU, checked."
-    mask = torch.as_tensor(chosen).detach().cpu()
+    try:
+        mask = torch.as_tensor(chosen, device="cpu").detach()
+    except (ValueError, RuntimeError):
+        raise ValueError("A mask of tokens has shape (s,) or (b, s); the rows of this one differ in length.") from None
     if mask.ndim not in (1, 2) or mask.numel() == 0:
         raise ValueError(f"A mask of tokens has shape (s,) or (b, s); this one has {tuple(mask.shape)}.")
     if not bool(((mask == 0) | (mask == 1)).all()):
@@ -253,21 +442,75 @@ def _mask(chosen: Any) -> Tensor:
             f"A tensor of tokens is a mask and holds only 0 and 1; this one holds {mask.unique().tolist()[:5]}. "
             "For column numbers pass a list."
         )
+    numbers = mask.ndim == 1 and not mask.is_floating_point() and not _is_bool(mask) and len(mask.unique()) == len(mask)
+    if numbers:
+        warnings.warn(
+            f"A tensor is a mask: {mask.tolist()} steers the columns {mask.nonzero()[:, 0].tolist()}. For column numbers pass the "
+            f"list {mask.tolist()}; where a mask is meant, pass a tensor of bools.",
+            stacklevel=5,
+        )
     return mask.bool()
 
 # %% ../nbs/reference/tokens.ipynb #a48a0fe4
-def _rows(ids: Any) -> list[Tensor]:
+def _rows(given: Any) -> list[Tensor]:
     "Ids or a mask as rows on the CPU, from (s,), (b, s) or lists."
     try:
-        rows = [torch.as_tensor(row).detach().cpu() for row in ids]
+        rows = [torch.as_tensor(row, device="cpu").detach() for row in given]
+        rows = [torch.stack(rows)] if rows and all(row.ndim == 0 for row in rows) else rows
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             "prompt= takes what the model is given: ids, or the tokenizer's output. Pass tokenizer(text, return_tensors='pt')."
         ) from None
-    rows = [torch.stack(rows)] if rows and rows[0].ndim == 0 else rows
     if not rows or any(row.ndim != 1 or len(row) == 0 for row in rows):
         raise ValueError("prompt= is empty, or not one or two lists deep: there is no row of tokens in it.")
     return rows
+
+
+def _fields(prompt: Any) -> dict[str, Any]:
+    "A prompt that is no dictionary: an object with such fields, or the ids themselves."
+    if not hasattr(prompt, "input_ids"):
+        return {"input_ids": prompt}
+    return {name: getattr(prompt, name, None) for name in ("input_ids", "attention_mask")}
+
+
+def _rows_of_ids(said: Mapping[str, Any]) -> tuple[list[Tensor] | None, list[int]]:
+    "The ids of a prompt, if there are any, and the length of each row."
+    embeddings = said.get("inputs_embeds")
+    if said.get("input_ids") is None and isinstance(embeddings, Tensor) and embeddings.ndim == 3:
+        return None, [embeddings.shape[1]] * len(embeddings)
+    if "input_ids" not in said:
+        raise ValueError(f"prompt= has no input_ids; it has {list(said)}. Pass what the model is given.")
+    rows = _rows(said["input_ids"])
+    if any(row.is_floating_point() or _is_bool(row) for row in rows):
+        raise TypeError(
+            f"prompt= holds {rows[0].dtype}, and token ids are whole numbers. Pass the ids given to the model."
+        )
+    return rows, [len(row) for row in rows]
+
+
+def _rows_of_mask(said: Mapping[str, Any], lengths: list[int]) -> list[Tensor] | None:
+    "The attention mask of a prompt as rows of bools, None where there is none."
+    if said.get("attention_mask") is None:
+        return None
+    rows = _rows(said["attention_mask"])
+    if [len(row) for row in rows] != lengths:
+        raise ValueError(
+            f"The attention mask of prompt= has rows of {[len(row) for row in rows]} columns, and its ids have {lengths}. "
+            "Pass both as the model is given them."
+        )
+    if any(bool(((row != 0) & (row != 1)).any()) for row in rows):
+        raise ValueError(
+            "The attention mask of prompt= holds other numbers than 0 and 1, so it cannot tell which columns are padding."
+        )
+    return [row.bool() for row in rows]
+
+
+def _words(said: Any, rows: list[Tensor] | None) -> list[list[str]] | None:
+    "Each column's token as text, where a fast tokenizer has made just these ids."
+    made = (getattr(said, "encodings", None) or []) if getattr(said, "is_fast", False) else []
+    if rows is None or [list(e.ids) for e in made] != [row.tolist() for row in rows]:
+        return None
+    return [said.tokens(i) for i in range(len(rows))]
 
 # %% ../nbs/reference/tokens.ipynb #b20795ec
 @dataclass(frozen=True, eq=False)
@@ -287,14 +530,14 @@ class Prompt:
         "Read a prompt from ids or from a tokenizer's output."
         if isinstance(prompt, Prompt):
             return prompt
-        said: Any = prompt if isinstance(prompt, Mapping) or hasattr(prompt, "input_ids") else {"input_ids": prompt}
-        rows = _rows(said["input_ids"])
-        lengths = torch.tensor([len(row) for row in rows])
-        if len(lengths.unique()) > 1:  # lists of different length: no padding yet, so its side is not known
-            return Prompt(int(lengths.max()), lengths)
-        real = torch.stack(_rows(said["attention_mask"])).bool() if "attention_mask" in said else None
-        words = [said.tokens(i) for i in range(len(rows))] if getattr(said, "is_fast", False) else None
-        return Prompt(len(rows[0]), lengths if real is None else real.sum(1), real, torch.stack(rows), words)
+        said = prompt if isinstance(prompt, Mapping) else _fields(prompt)
+        ids, columns = _rows_of_ids(said)
+        real = _rows_of_mask(said, columns)
+        lengths = torch.tensor(columns if real is None else [int(row.sum()) for row in real], device="cpu")
+        if len(set(columns)) > 1:  # lists of different length: no padding yet, so its side is not known
+            return Prompt(max(columns), lengths)
+        mask, tokens = (None if rows is None else torch.stack(rows) for rows in (real, ids))
+        return Prompt(columns[0], lengths, mask, tokens, _words(said, ids))
 
     def for_rows(
         self,
@@ -310,6 +553,9 @@ class Prompt:
         return replace(self, lengths=self.lengths.repeat_interleave(b // rows), real=real, ids=ids)
 
 # %% ../nbs/reference/tokens.ipynb #a93f9d79
+Answer = bool | Callable[[], Tensor]
+
+
 def select(
     selection: Selection | None,  # which tokens; None for all
     place: Place,  # where the pass stands
@@ -317,46 +563,73 @@ def select(
     "Which tokens of this pass are meant."
     if selection is None:
         return True
-    if isinstance(selection, Columns):
-        return _select_columns(selection.index, place)
-    known = [_span_of_one(span, place) for span in selection.spans]
-    if any(k is True for k in known):
-        return True
-    if all(k is False for k in known):
-        return False
-    mask = torch.zeros(1, place.length, dtype=torch.bool, device=place.device)
-    for span in selection.spans:
-        mask = mask | _span_mask(span, place)
-    return mask
+    answer = _answer(selection.node if isinstance(selection, Tokens) else selection, place)
+    return answer if isinstance(answer, bool) else answer()
+
+
+def _answer(node: Node, place: Place) -> Answer:
+    "True for all of the pass, False for none of it, else the function that builds the mask."
+    if isinstance(node, _Part):
+        return _answer_part(node, place)
+    if isinstance(node, Columns):
+        return _answer_columns(node.index, place)
+    if isinstance(node, _Ids):
+        return lambda: _ids_mask(node.ids, place)
+    answers = [_answer(inner, place) for inner in node.nodes]
+    if node.sign == "|":
+        return _combined(answers, True, or_)
+    return _combined(answers if node.sign == "&" else [answers[0], _opposite(answers[1])], False, and_)
+
+
+def _combined(answers: list[Answer], deciding: bool, sign: Callable[[Tensor, Tensor], Tensor]) -> Answer:
+    "One answer may decide at once: True a union, False an intersection. Else the masks that remain are combined."
+    if any(answer is deciding for answer in answers):
+        return deciding
+    masks = [answer for answer in answers if not isinstance(answer, bool)]
+    return (lambda: reduce(sign, [mask() for mask in masks])) if masks else not deciding
+
+
+def _opposite(answer: Answer) -> Answer:
+    return not answer if isinstance(answer, bool) else lambda: ~answer()
+
+# %% ../nbs/reference/tokens.ipynb #5d0c7a24
+def _answer_slice(
+    first: int | Tensor, length: int, start: int, stop: int | None, step: int, mask: Callable[[], Tensor]
+) -> Answer:
+    "Whether a slice chooses all or none of `length` numbers from `first` on; else the function `mask`."
+    if not isinstance(first, int):
+        return (start, stop, step) == (0, None, 1) or mask
+    low = start if first <= start else first + (start - first) % step
+    end = first + length if stop is None else min(stop, first + length)
+    chosen = len(range(low, end, step))
+    return chosen > 0 if chosen in (0, length) else mask
+
+
+def _in_slice(number: Tensor, start: int | Tensor, stop: int | Tensor | None, step: int) -> Tensor:
+    "Which numbers a slice chooses."
+    chosen = (number >= start) & ((number - start) % step == 0)
+    return chosen if stop is None else chosen & (number < stop)
 
 # %% ../nbs/reference/tokens.ipynb #f01d5418
-def _select_columns(index: slice | tuple[int, ...] | Tensor, place: Place) -> bool | Tensor:
+def _answer_columns(index: slice | tuple[int, ...] | Tensor, place: Place) -> Answer:
     "Columns by slice, by number or by mask."
     if isinstance(index, Tensor):
-        return _select_mask(index, place)
+        return _answer_mask(index, place)
     end = place.prompt_columns
     if isinstance(index, slice):
-        start, stop, step = index.start or 0, index.stop, index.step or 1
-        start, stop = max(_from_end(start, end), 0), None if stop is None else _from_end(stop, end)
-        if isinstance(place.start, int):
-            first, past = place.start, place.start + place.length
-            if past <= start or (stop is not None and first >= stop):
-                return False
-            if start <= first and (stop is None or past <= stop) and step == 1:
-                return True
-            if place.length == 1:
-                return (first - start) % step == 0
-        c = place.columns
-        mask = (c >= start) & ((c - start) % step == 0)
-        return (mask if stop is None else mask & (c < stop))[None]
+        start, stop, step = max(_from_end(index.start or 0, end), 0), index.stop, index.step or 1
+        stop = None if stop is None else _from_end(stop, end)
+        return _answer_slice(
+            place.start, place.length, start, stop, step, lambda: _in_slice(place.columns, start, stop, step)[None]
+        )
     numbers = sorted({_from_end(i, end) for i in index})
     if numbers and numbers[0] < 0:
         raise ValueError(f"Column {numbers[0] - (end or 0)} lies before the first: the prompt has {end} columns.")
     if isinstance(place.start, int):
-        inside = [i for i in numbers if place.start <= i < place.start + place.length]
-        if len(inside) in (0, place.length):
-            return bool(inside)
-    return torch.isin(place.columns, torch.tensor(numbers, device=place.device))[None]
+        numbers = [i for i in numbers if place.start <= i < place.start + place.length]
+        if len(numbers) in (0, place.length):
+            return bool(numbers)
+    return lambda: torch.isin(place.columns, torch.tensor(numbers, dtype=torch.long, device=place.device))[None]
 
 
 def _from_end(i: int, end: int | None) -> int:
@@ -370,7 +643,7 @@ def _from_end(i: int, end: int | None) -> int:
     return i + end
 
 # %% ../nbs/reference/tokens.ipynb #7098f63a
-def _select_mask(mask: Tensor, place: Place) -> bool | Tensor:
+def _answer_mask(mask: Tensor, place: Place) -> Answer:
     "The part of a 0/1 mask over the whole sequence that lies in this pass."
     mask = mask if mask.ndim == 2 else mask[None]
     if mask.shape[0] not in (1, place.batch):
@@ -380,55 +653,60 @@ def _select_mask(mask: Tensor, place: Place) -> bool | Tensor:
             )
         mask = mask.repeat_interleave(place.batch // mask.shape[0], 0)
     if isinstance(place.start, int):
-        part = torch.zeros(mask.shape[0], place.length, dtype=torch.bool)
+        part = torch.zeros(mask.shape[0], place.length, dtype=torch.bool, device="cpu")
         inside = mask[:, place.start : place.start + place.length]
         part[:, : inside.shape[1]] = inside
         if not bool(part.any()) or bool(part.all()):
             return bool(part.any())
-        return part.to(place.device, non_blocking=True)
+        return lambda: part.to(place.device, non_blocking=True)
+    return lambda: _mask_at(mask, place)
+
+
+def _mask_at(mask: Tensor, place: Place) -> Tensor:
+    "The same, at columns that only the device knows."
     columns, known = place.columns, mask.shape[1]
     return mask.to(place.device, non_blocking=True)[:, columns.clamp(max=known - 1)] & (columns < known)
 
 # %% ../nbs/reference/tokens.ipynb #33d0440a
-def _span_of_one(span: _Span, place: Place) -> bool | None:
-    "True or False where integers can tell for the whole pass, else None."
-    if span.part == "all" and span.index is None and not span.without and place.real is None:
-        return True
-    if place.prompt_columns is None or not isinstance(place.start, int) or place.start < place.prompt_columns:
-        return None
-    if span.part == "prompt":
+def _answer_part(node: _Part, place: Place) -> Answer:
+    "True or False where the tokens of the pass have the same numbers in every row; else the way to the mask."
+
+    def mask() -> Tensor:
+        return _part_mask(node, place)
+
+    start, end = place.start, place.prompt_columns
+    if node.part != "all" and (end is None or not isinstance(start, int) or start < end):
+        return mask  # some row may still be in its prompt
+    if node.part == "prompt":
         return False
-    if span.without or (span.part == "all" and span.index is not None):
-        return None
-    if span.index is None:
-        return True
-    first = place.start - place.prompt_columns + (span.part == "response")
-    start, stop, step = span.slice
-    if first + place.length <= start or (stop is not None and first >= stop):
-        return False
-    return (first - start) % step == 0 if place.length == 1 else None
+    alike = 0 if node.part == "all" or end is None else end  # from this column on, rows without padding count alike
+    if place.real is not None:
+        padded = place.real.shape[1]  # no later column is padding
+        if not isinstance(start, int) or padded > (start if node.index is None else alike):
+            return mask
+    return _answer_slice(start - alike + (node.part == "response"), place.length, *node.slice, mask)
 
 
-def _span_mask(span: _Span, place: Place) -> Tensor:
+def _part_mask(node: _Part, place: Place) -> Tensor:
     "The mask of one part, (b or 1, s)."
-    number, mask = numbering(place)
-    start, stop, step = span.slice
-    if span.part == "all":
-        first: Tensor | int = 0
-    else:
-        ends = prompt_tokens(place)
-        first = 0 if span.part == "prompt" else ends if span.part == "generated" else ends - 1
-        mask = mask & (number < ends if span.part == "prompt" else number >= first)
-    number = number - first
-    low = start if start >= 0 else (start + prompt_tokens(place)).clamp(min=0)
-    mask = mask & (number >= low) & ((number - low) % step == 0)
-    if stop is not None:
-        mask = mask & (number < (stop if stop >= 0 else stop + prompt_tokens(place)))
-    if span.without:
-        if place.ids is None:
-            raise ValueError(
-                f"Token ids are needed to leave out {list(span.without)}, and this pass has none (it was given embeddings). "
-                "Choose tokens by place instead."
-            )
-        mask = mask & ~torch.isin(place.ids.to(place.device), torch.tensor(span.without, device=place.device))
-    return mask
+    number, real = numbering(place)
+    start, stop, step = node.slice
+    if node.part == "all":
+        return real & _in_slice(number, start, stop, step)
+    ends = prompt_tokens(place)
+    if node.part == "prompt":
+        low = start if start >= 0 else (start + ends).clamp(min=0)
+        high = stop if stop is None or stop >= 0 else stop + ends
+        return real & (number < ends) & _in_slice(number, low, high, step)
+    first = ends if node.part == "generated" else ends - 1
+    return real & _in_slice(number - first, start, stop, step)
+
+
+def _ids_mask(ids: tuple[int, ...], place: Place) -> Tensor:
+    "Which tokens of the pass have one of these ids, (b, s)."
+    if place.ids is None:
+        raise ValueError(
+            f"Token ids are needed to leave out {list(ids)}, and this pass has none (it was given embeddings). Choose tokens by "
+            "place instead."
+        )
+    return torch.isin(place.ids.to(place.device), torch.tensor(ids, device=place.device))

@@ -1,13 +1,25 @@
 """Aggregators over dtypes, counts and pieces: what accumulates gives what one call gives."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steering_vectors import aggregate_activations, logistic_aggregator, mean_aggregator, pca_aggregator
-from steering_vectors.aggregators import AccumulatingAggregator
+import steering_vectors
+from steering_vectors import (
+    AccumulatingAggregator,
+    aggregate_activations,
+    logistic_aggregator,
+    mean_aggregator,
+    pca_aggregator,
+    train_steering_vector,
+)
+from steering_vectors.aggregators import unpaired
+from steering_vectors.demo import tiny_model, tiny_tokenizer
+from steering_vectors.packing import ancestor_mask, block_mask, blocks, pack
 
 
 def crowds(n: int, d: int, seed: int, m: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +89,139 @@ def test_counts() -> None:
     assert torch.allclose(mean_aggregator()(pos, neg), pos.mean(0) - neg.mean(0), atol=1e-5)
     arrow = logistic_aggregator()(pos, neg)
     assert float(arrow @ (pos.mean(0) - neg.mean(0))) > 0 and abs(float(arrow.norm()) - 1) < 1e-5
-    with pytest.raises(ValueError, match="30 positive and 9 negative"):
-        pca_aggregator()(pos, neg)
+    for acts in ((pos, neg), (neg, pos)):
+        with pytest.raises(ValueError, match=r"(30|9) positive and (30|9) negative .* pca_aggregator\(paired=False\)"):
+            pca_aggregator()(*acts)
+
+
+SETS = [mean_aggregator(), logistic_aggregator(), logistic_aggregator(paired=False), pca_aggregator(paired=False)]
+
+
+@pytest.mark.parametrize("aggregator", SETS, ids=["mean", "logistic", "logistic of sets", "pca of sets"])
+@pytest.mark.parametrize("n,m", [(30, 9), (9, 30), (3, 400), (1, 12)])
+def test_sets_of_unequal_length(aggregator: Any, n: int, m: int) -> None:
+    "Whatever the counts, the way goes from negative to positive, and back when the sets change places."
+    draw = torch.Generator().manual_seed(n)
+    way = torch.zeros(20).index_fill_(0, torch.tensor([4]), 1.0)
+    pos, neg = (torch.randn(k, 20, generator=draw) * 0.3 + 5 + s * way * 2 for k, s in ((n, 1), (m, -1)))
+    found, back = aggregator(pos, neg), aggregator(neg, pos)
+    assert float(found @ way / found.norm()) > 0.9 and torch.allclose(found, -back, atol=1e-3)
+    order = torch.randperm(n, generator=draw), torch.randperm(m, generator=draw)
+    assert torch.allclose(aggregator(pos[order[0]], neg[order[1]]), found, atol=2e-3)
+    assert torch.allclose(aggregate_activations({2: pos}, {2: neg}, aggregator)[2], found)
+
+
+def test_the_larger_set_weighs_no_more_in_the_mean_and_in_pca() -> None:
+    pos, neg = crowds(40, 6, seed=7, m=15)
+    for aggregator in (mean_aggregator(), pca_aggregator(paired=False)):
+        assert torch.allclose(aggregator(pos, neg), aggregator(torch.cat([pos] * 5), neg), atol=1e-4)
+
+
+def test_sets_by_definition() -> None:
+    "PCA of sets is the longest line through both, each counted as one; of pairs, the same about each pair's middle."
+    pos, neg = crowds(12, 7, seed=8, m=5)
+    middle = (pos.mean(0) + neg.mean(0)) / 2
+    spread = sum((h - middle).double().T @ (h - middle).double() / len(h) for h in (pos, neg))
+    first = torch.linalg.eigh(spread).eigenvectors[:, -1].float()
+    assert abs(float(first @ pca_aggregator(paired=False)(pos, neg))) > 1 - 1e-5
+    pos, neg = crowds(12, 7, seed=9)
+    about = torch.cat([pos - (pos + neg) / 2, neg - (pos + neg) / 2]).double()
+    first = torch.linalg.eigh(about.T @ about).eigenvectors[:, -1].float()
+    assert abs(float(first @ pca_aggregator()(pos, neg))) > 1 - 1e-5
+
+
+def test_sets_of_one_length_are_no_pairs() -> None:
+    pos, neg = crowds(25, 6, seed=10)
+    other = neg[torch.randperm(25, generator=torch.Generator().manual_seed(1))]
+    for aggregator in (unpaired(mean_aggregator()), unpaired(logistic_aggregator({"C": 3.0}))):
+        assert torch.allclose(aggregator(pos, other), aggregator(pos, neg), atol=1e-3)
+    paired = logistic_aggregator({"C": 3.0})
+    assert not torch.allclose(paired(pos, other), paired(pos, neg), atol=1e-2)
+    assert torch.equal(unpaired(paired)(pos, neg), logistic_aggregator({"C": 3.0}, paired=False)(pos, neg))
+
+
+def test_who_needs_pairs() -> None:
+    for make in (mean_aggregator, logistic_aggregator, lambda: pca_aggregator(paired=False)):
+        assert make().needs_pairs is False and unpaired(make()) is not None  # type: ignore[attr-defined, no-untyped-call]
+    assert pca_aggregator().needs_pairs is True  # type: ignore[attr-defined]
+    for aggregator in (pca_aggregator(), Pairs()):
+        with pytest.raises(ValueError, match="two sets without pairs have none. Use mean_aggregator"):
+            unpaired(aggregator)
+
+    def own(pos: torch.Tensor, neg: torch.Tensor) -> torch.Tensor:
+        return pos.mean(0)
+
+    assert unpaired(own) is own
+
+
+class Pairs:
+    "An aggregator of one's own: the median of the differences."
+
+    needs_pairs = True
+
+    def start(self) -> list[torch.Tensor]:
+        return []
+
+    def add(self, state: list[torch.Tensor], pos: torch.Tensor, neg: torch.Tensor) -> list[torch.Tensor]:
+        return [*state, pos - neg]
+
+    def merge(self, state: list[torch.Tensor], other: list[torch.Tensor]) -> list[torch.Tensor]:
+        return state + other
+
+    def finish(self, state: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(state).median(0).values
+
+    def __call__(self, pos: torch.Tensor, neg: torch.Tensor) -> torch.Tensor:
+        return self.finish(self.add(self.start(), pos, neg))
+
+
+def test_an_accumulating_aggregator_of_ones_own() -> None:
+    assert isinstance(Pairs(), steering_vectors.AccumulatingAggregator)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    pairs = [(f"I am glad {i}", f"I am sad {i}") for i in range(5)]
+    accumulated = train_steering_vector(model, tokenizer, pairs, layers=[1], aggregator=Pairs())
+    at_once = train_steering_vector(
+        model, tokenizer, pairs, layers=[1], aggregator=lambda pos, neg: (pos - neg).median(0).values
+    )
+    assert torch.allclose(accumulated.layer_activations[1], at_once.layer_activations[1], atol=1e-6)
+
+
+def test_an_aggregator_that_subtracts_rows_is_told_why_it_cannot() -> None:
+    pos, neg = crowds(8, 4, seed=11, m=3)
+    with pytest.raises(RuntimeError) as caught:
+        aggregate_activations({0: pos}, {0: neg}, lambda pos, neg: (pos - neg).mean(0))
+    assert "8 positive and 3 negative activations. Without pairs" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError) as caught:  # of one length, the error is its own
+        aggregate_activations({0: pos}, {0: pos}, lambda pos, neg: pos @ neg)
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize("one", [True, False], ids=["no positive", "no negative"])
+@pytest.mark.parametrize("aggregator", [mean_aggregator(), pca_aggregator(paired=False), pca_aggregator()], ids=repr)
+def test_an_empty_side(aggregator: Any, one: bool) -> None:
+    acts = (torch.zeros(0, 4), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="one of the two sides|differences of pairs"):
+        aggregator(*(acts if one else acts[::-1]))
+
+
+def test_another_default_device() -> None:
+    pos, neg = crowds(12, 5, seed=12)
+    row = pack([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3, 7, 8]], 99)[0]
+
+    def everything() -> list[Any]:
+        found: list[Any] = [make()(pos, neg) for make in (mean_aggregator, pca_aggregator, logistic_aggregator)]
+        found += [aggregator(pos, neg[:4]) for aggregator in SETS]
+        end, depth = (torch.tensor(n, device="cpu") for n in (row.end, row.depth))
+        cut = blocks(row, size=2)
+        return [*found, cut.keys, cut.used, block_mask(cut, end, depth, 2, 3), ancestor_mask(end, depth, 2, 3)]
+
+    expected, before = everything(), torch.get_default_device()
+    try:
+        torch.set_default_device("meta")
+        found = everything()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    finally:
+        torch.set_default_device(before)
 
 
 def test_logistic_takes_its_own_options() -> None:
