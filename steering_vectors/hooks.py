@@ -58,6 +58,7 @@ class Uncopied:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
 
+
 class _Call(Uncopied):
     def __init__(self, fn: Callable[..., Any] = lambda *args, **kwargs: None) -> None:
         self.fn = fn

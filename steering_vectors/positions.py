@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .hooks import Attachment
+from .hooks import Attachment, uncopied
 from .layers import block_holder, unwrap
 from .tokens import Columns, Place, Prompt, Selection, Tokens, select
 
@@ -319,16 +319,13 @@ class Doors(Attachment):
             self.holder = self.model
         self.hooks: list[Any] = []
 
-    def __deepcopy__(self, memo: object) -> "Doors":
-        return self  # a copy of the model does not copy what listens to the original
-
     def _attach(self) -> None:
         listeners: list[tuple[nn.Module, Any, Any]] = [(self.holder, self._enter, self._leave)]
         if self.holder is not self.model:
             listeners.append((self.model, self._enter_outer, self._leave_outer))
         for module, enter, leave in listeners:
-            self.hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-            self.hooks.append(module.register_forward_hook(leave, always_call=True))
+            self.hooks.append(module.register_forward_pre_hook(uncopied(enter), with_kwargs=True, prepend=True))
+            self.hooks.append(module.register_forward_hook(uncopied(leave), always_call=True))
 
     def _remove(self) -> None:
         for hook in self.hooks:

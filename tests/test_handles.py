@@ -131,11 +131,12 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
-def test_a_copy_is_another_model(model: Any, made: Callable[[Any], Any]) -> None:
+def test_a_copy_is_another_model(model: Any, made: Callable[[Any], Any], how: dict[str, Any]) -> None:
     "It is not steered, it can be steered, and it does not keep the original."
     plain = logits(model)
-    with vector().apply(model), warnings.catch_warnings(action="error"):
+    with vector().apply(model, **how), warnings.catch_warnings(action="error"):
         twin = made(model)
         assert not torch.equal(logits(model), plain)
         assert torch.equal(logits(twin), plain)
@@ -145,7 +146,7 @@ def test_a_copy_is_another_model(model: Any, made: Callable[[Any], Any]) -> None
     with vector(2).apply(model):
         assert torch.equal(logits(model), other)
     mm: Any = tiny_model()
-    vector().patch(mm)
+    vector().patch(mm, **how)
     twin, gone = made(mm), [weakref.ref(mm)]
     del mm
     assert alive(gone) == 0 and hooks._stance.held is None
