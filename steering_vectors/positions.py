@@ -29,7 +29,7 @@ from steering_vectors.calls import (
     tensors,
     unknown_states,
 )
-from .hooks import Attachment
+from .hooks import Attachment, uncopied
 from .layers import block_holder, resolve_layers, unwrap
 from .tokens import Columns, Place, Prompt, Selection, Tokens, select
 
@@ -520,18 +520,15 @@ class Doors(Attachment):
             self.first = None
         self.hooks: list[Any] = []
 
-    def __deepcopy__(self, memo: object) -> "Doors":
-        return self  # a copy of the model does not copy what listens to the original
-
     def _attach(self) -> None:
         listeners: list[tuple[nn.Module, Any, Any]] = [(self.holder, self._enter, self._leave)]
         if self.holder is not self.model:
             listeners.append((self.model, self._enter_outer, self._leave_outer))
         for module, enter, leave in listeners:
-            self.hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-            self.hooks.append(module.register_forward_hook(leave, always_call=True))
+            self.hooks.append(module.register_forward_pre_hook(uncopied(enter), with_kwargs=True, prepend=True))
+            self.hooks.append(module.register_forward_hook(uncopied(leave), always_call=True))
         if self.first is not None:
-            self.hooks.append(self.first.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+            self.hooks.append(self.first.register_forward_pre_hook(uncopied(self._begin), with_kwargs=True, prepend=True))
 
     def _remove(self) -> None:
         for hook in self.hooks:

@@ -72,7 +72,7 @@ class _Scaled:
 
     def on(self, h: Tensor, multiplier: float | Tensor) -> Tensor:  # (1, 1, d), or (b, 1, d) for multipliers (b,)
         "The product, where `h` is."
-        key = (h.device, h.dtype, multiplier if isinstance(multiplier, float) else len(multiplier))
+        key = (h.device, h.dtype, multiplier if isinstance(multiplier, float) else (len(multiplier),))
         kept = self.kept.get(key)
         if kept is not None:
             return kept
