@@ -839,26 +839,50 @@ def test_nothing_is_seeded_where_nothing_is_drawn(tiny, monkeypatch):
     sweep(*tiny, "Hi", 1, 0, 2, temperature=1.0)  # on the CPU alone
 
 
-def test_the_default_device_is_the_users_own_affair(tiny):
-    chats = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]] * 2
-
-    def measured():
-        results = [
-            measure(*tiny, multipliers=[0, 2], tokens=t).values
-            for measure in list(MEASURES.values())[:3]
-            for t in (None, Tokens.response, [0])
-        ]
-        results += [projections(*tiny, chats, tokens=Tokens.generated).mean, projections(*tiny, "hi").values]
-        results += [similarity(tiny[2]).values, results[0].mean(0)]
-        texts = [sweep(*tiny, "Hi", multipliers=[0, 2], max_new_tokens=3, tokens=t) for t in (None, Tokens.response)]
-        texts += [next_token_shift(*tiny, "Hi", tokens=Tokens.response), steered_tokens(tiny[1], [1, 5, 6], [7], [1])]
-        slope = completion_gap(*tiny, [("Hi", "a", "b")]).slope
-        return results, [*texts, slope, multiplier_limit(tiny[2]), repr(projections(*tiny, chats))]
-
+def on_another_device(measured):
+    "The results of `measured` with and without another default device."
     plain = measured()
     try:
         torch.set_default_device("meta")
-        other = measured()
+        return plain, measured()
     finally:
         torch.set_default_device(None)
-    assert all(torch.equal(a, b) for a, b in zip(plain[0], other[0], strict=True)) and plain[1] == other[1]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return all(map(same, a, b)) if isinstance(a, list) else a == b
+
+
+@pytest.mark.parametrize("tokens", [None, [0], slice(-2, None), Tokens.response], ids=repr)
+@pytest.mark.parametrize("name", [*MEASURES, "next_token_shift", "projections"])
+def test_the_default_device_is_the_users_own_affair(tiny, name, tokens):
+    chats = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]] * 2
+
+    def measured():
+        if name == "next_token_shift":
+            return next_token_shift(*tiny, "Hi", tokens=tokens)
+        if name == "projections":
+            found = projections(*tiny, chats, tokens=tokens)
+            return [found.mean, found[0].values, repr(found), repr(found[0])]
+        result = MEASURES[name](*tiny, multipliers=[0, 2], tokens=tokens)
+        return result if name == "sweep" else [result.values, result.slope, result.mean, repr(result)]
+
+    assert same(*on_another_device(measured))
+
+
+def test_what_needs_no_model_needs_no_default_device(tiny):
+    known = knowing(tiny[2], activation_norms={1: 10.0, 2: 40.0}, num_layers=3)
+
+    def measured():
+        angles, marked = similarity(known), steered_tokens(tiny[1], [1, 5, 6], [7], Tokens.response)
+        return [
+            angles.values,
+            repr(angles),
+            marked,
+            multiplier_limit(known, -1),
+            sweep(*tiny, "Hi", 1, 1, 2, temperature=1.0),
+        ]
+
+    assert same(*on_another_device(measured))
