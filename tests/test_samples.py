@@ -241,6 +241,12 @@ def test_tables_are_read_by_row() -> None:
     assert encode_samples(tokenizer, stored) == encode_samples(tokenizer, talks)
     stored["prompt"] = [pandas.Series(ASK).to_numpy()]
     assert encode_samples(tokenizer, stored) == encode_samples(tokenizer, talks)
+    marked = [{**rows[0], "read_positive_token_index": 1}, {**rows[1], "read_positive_token_index": None}]
+    assert encode_samples(tokenizer, pandas.DataFrame(marked)) == encode_samples(tokenizer, marked)
+    some = [prefer[0], {"prompt": None, "chosen": "a", "rejected": "b"}]
+    assert encode_samples(tokenizer, pandas.DataFrame(some)) == encode_samples(tokenizer, some)
+    some[1]["prompt"] = float("nan")  # type: ignore[assignment]
+    assert encode_samples(tokenizer, some)[1] == encode_samples(tokenizer, [("a", "b")])[0]
     assert encode_samples(tokenizer, Polars(rows)) == encode_samples(tokenizer, rows)  # type: ignore[arg-type]
     columns = datasets.Dataset.from_list(prefer)[:2]  # a part of a data set comes as columns
     assert encode_samples(tokenizer, columns) == encode_samples(tokenizer, prefer)
