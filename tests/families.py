@@ -60,6 +60,7 @@ SMALL: dict[str, int] = {
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "image_size": 32, "patch_size": 8, "shared_heads": 2,
     "index_head_dim": 16, "index_topk": 64, "laurel_rank": 8, "adapter_rank": 8, "sliding_window": 64, "attention_window_size": 64,
     "type_vocab_size": 2, "max_source_positions": 32, "gated_norm_rank": 8, "num_mel_bins": 8,
+    "unpadded_vocab_size": 128,
 }  # fmt: skip
 
 
@@ -120,6 +121,7 @@ MORE: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4], "use_cache": False},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "dots3_note": {},
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "dots3_note_audio_encoder": {"adapter_out_dim": 32, "adapter_input_size": 32},
@@ -162,6 +164,7 @@ MORE: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [2, 1]},
     "radio": {"video_temporal_patch_size": 2},
     "hunyuan_vl_text": {"head_dim": 8},
+    "hy_v4_vl_text": {"rope_parameters": ROPE},
     "paddleocr_vl_text": {"rope_parameters": ROPE},
     "qwen2_vl_text": {"rope_parameters": ROPE},
     "qwen2_5_vl_text": {"rope_parameters": ROPE},
@@ -180,6 +183,8 @@ MORE: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "num_hidden_layers": 4,
     },
+    "wavtokenizer": {"codebook_dim": 32},
+    "wavtokenizer_encoder": {"codebook_dim": 32},
     "xmod": {"default_language": "en_XX"},
 }
 
@@ -194,12 +199,13 @@ CANNOT: dict[str, str] = {
 
 # What transformers itself, or the family, makes impossible.
 FLOAT32 = {  # no float64
+    "inkling2_loop_text": "its router computes in float32 only",
     "inkling2_text": "its router computes in float32 only",
     "xglm": "its mask overflows in float64",
     "xlnet": "its masks are float32",
 }
 # In float64 their masks of padding become NaN.
-PADDED_FLOAT32 = "bloom gemma2 granite_swa granitemoe_swa mpt vaultgemma".split()
+PADDED_FLOAT32 = "bloom gemma2 granite_swa granitemoe_swa mpt vaultgemma xlm".split()
 ONE_ROW = {"rwkv": "its cached steps mix the rows of a batch"}
 NO_CACHE = {"blt": "its config has no num_hidden_layers, which transformers' cache asks for"}
 NOT_TEXT = dict.fromkeys(
@@ -211,6 +217,7 @@ REFUSED = {  # single tokens cannot be told in what a block returns: a clear err
     "xlnet": "the sequence comes first, then the batch",
 }
 CANNOT_IMAGE = {
+    "apertus1p5": "its audio tokens do not fit into a tiny vocabulary",
     "diffusion_gemma": "its tiny config is refused by its own experts",
     "fast_vlm": "needs timm",
     "gemma3n": "needs timm",
