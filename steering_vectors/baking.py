@@ -199,7 +199,7 @@ def plain_copy(
             model_class is type(model)
         )
         raise ValueError(f"{model_class.__name__} and {type(model).__name__} differ in {strange[0]}.{replaced}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         new: PreTrainedModel = model_class._from_config(config, dtype=model.dtype).to(model.device)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     new.load_state_dict(state, strict=False, assign=True)

@@ -504,3 +504,134 @@ def test_a_repository_is_downloaded_with_the_options_given(tmp_path, monkeypatch
     back = VectorFolder.from_pretrained("me/joy", revision="abc", token="secret", local_files_only=True).vector
     assert same(back, vector)
     assert asked == [("me/joy", name, "abc", "secret", True) for name in ("config.json", VectorFolder.FILE)]
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    "Any question to the Hub is a failure at once."
+
+    def asked(*args, **options):
+        raise AssertionError(f"the Hub was asked for {args or options}")
+
+    monkeypatch.setattr(files, "hf_hub_download", asked)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", asked)
+
+
+@pytest.mark.parametrize("name", [
+    "joy.safetensors", "me/joy.safetensors", "joy.gguf", "joy.PT", "./joy", "../joy", "/nowhere/joy", "a/b/c", "~/joy", "~",
+    "joy\\vector", "me/joy/", ".joy",
+])  # fmt: skip
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(no_hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        SteeringVector.from_pretrained(name)
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        SteeringVector.from_pretrained(tmp_path / "me" / "joy", revision="abc")
+
+
+@pytest.mark.parametrize("name", ["a b", "", "me/jo y", "-joy", "joy..vector", "me/joy.", "joy/", "x" * 97, "ü/joy"])
+def test_a_name_that_no_repository_can_have_is_refused(no_hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match="There is no folder") as e:
+        SteeringVector.from_pretrained(name)
+    assert "Error" not in str(e.value)
+
+
+def test_what_exists_is_read_at_once(no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    vector = SteeringVector(layers(), "mlp", STORY)
+    vector.save_pretrained("joy")
+    vector.save("v")
+    for name in (
+        "joy",
+        "./joy",
+        "~/joy",
+        tmp_path / "joy",
+        str(tmp_path / "joy"),
+        "joy/steering_vector.safetensors",
+        "v",
+        tmp_path / "v",
+    ):
+        back = SteeringVector.from_pretrained(name)
+        assert back == vector and back.provenance == STORY
+    os.makedirs("me/joy")
+    with pytest.raises(
+        FileNotFoundError, match="The folder me/joy has no steering_vector.safetensors; it holds nothing"
+    ):
+        SteeringVector.from_pretrained("me/joy")
+    torch.save(layers(), "joy.pt")
+    with pytest.raises(
+        ValueError,
+        match="joy.pt cannot be read as a steering vector: it is a PyTorch file, whose tensors `SteeringVector",
+    ):
+        SteeringVector.from_pretrained("joy.pt")
+
+
+def test_a_repository_is_still_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def ask(*args, **options):
+        asked.append(args or options["repo_id"])
+        raise OSError("offline")
+
+    monkeypatch.setattr(files, "hf_hub_download", ask)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", ask)
+    for name in ("me/joy", "joy", "me/joy.v1", "me/joy-1_0"):
+        with pytest.raises(OSError, match="offline"):
+            SteeringVector.from_pretrained(name)
+    assert len(asked) == 4
+
+
+def test_fields_that_only_the_hubs_config_has_are_kept(tmp_path, monkeypatch):
+    VectorFolder(VectorFile(layers(), "mlp", STORY)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"licence": "MIT"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(files, "hf_hub_download", lambda repo_id, filename, **options: str(tmp_path / filename))
+    monkeypatch.setattr(
+        "huggingface_hub.hub_mixin.hf_hub_download", lambda filename, **options: str(tmp_path / filename)
+    )
+    assert SteeringVector.from_pretrained("me/joy").provenance.later == {"licence": "MIT"}
+
+
+def test_a_large_file_of_another_kind_is_not_read_whole(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(save({"w": torch.ones(1000, 1000)}))
+    monkeypatch.setattr(files, "read_tensors", None)
+    with pytest.raises(
+        ValueError, match="it holds w and no `steering_vector` header. `SteeringVector.from_file` reads"
+    ):
+        load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("how", ["cut", "header", "length"])
+def test_a_refusal_has_no_words_of_the_deserialiser(tmp_path, how):
+    save_file(tmp_path / "v", layers(), "mlp", STORY)
+    data = (tmp_path / "v").read_bytes()
+    data = {
+        "cut": data[:-3],
+        "header": data[:8] + b"{" + data[9:].replace(b":", b";", 1),
+        "length": b"\xff" * 8 + data[8:],
+    }[how]
+    (tmp_path / "v").write_bytes(data)
+    with pytest.raises(ValueError) as e:
+        load_file(tmp_path / "v")
+    assert (
+        str(e.value)
+        == f"{tmp_path / 'v'} cannot be read as a steering vector: it is damaged, or not a safetensors file."
+    )
+    assert "Safetensor" not in str(e.value)
+
+
+def test_a_file_is_read_and_written_whatever_the_default_device(tmp_path):
+    torch.set_default_device("meta")
+    try:
+        save_file(tmp_path / "v", layers_on_cpu, "mlp", STORY)
+        back = load_file(tmp_path / "v")
+    finally:
+        torch.set_default_device(None)
+    assert same(back, VectorFile(dict(sorted(layers().items())), "mlp", STORY))
+
+
+layers_on_cpu = layers()
