@@ -362,10 +362,10 @@ def as_blocks(
     back = convention == "block_input" or convention == "hidden_states"
     if back and 0 in directions:
         what = "hidden_states[0]" if convention == "hidden_states" else "the input of block 0"
-        others = [n for n in directions if n]
-        raise ValueError(
-            f"{what} is the embeddings, which are the output of no block. Leave it out: layers={others or [1]}."
-        )
+        left = [n for n in sorted(directions) if n] or [1]
+        whole = len(left) > 4 and left == [*range(left[0], left[-1] + 1)]
+        others = f"range({left[0]}, {left[-1] + 1})" if whole else left
+        raise ValueError(f"{what} is the embeddings, which are the output of no block. Leave it out: layers={others}.")
     return {n - (n > 0 or convention == "block_input") if back else n: v for n, v in sorted(directions.items())}
 
 # %% ../nbs/reference/foreign.ipynb #786c50a6
