@@ -421,12 +421,11 @@ def _looks_padded(ids: Tensor, pad: int | None) -> bool:
 
 
 def _check_rows(
-    run: Pass, prompt: Prompt | None, selection: Tokens, columns: int | None, pad: int | None
+    run: Pass, prompt: Prompt | None, selection: Selection, columns: int | None, pad: int | None
 ) -> str | None:
     "A warning where several rows may be padded and nobody said so; an error where they are."
-    counts = any(span.part in ("generated", "response") or span.index is not None for span in selection.spans)
     ids = prompt.ids if prompt is not None and prompt.ids is not None else run.ids
-    if run.batch < 2 or run.padding_known or not run.fresh or not counts or ids is None or ids.shape[1] < 2:
+    if run.batch < 2 or run.padding_known or not run.fresh or not selection.counts_tokens or ids is None or ids.shape[1] < 2:
         return None
     if prompt is not None and (prompt.real is not None or prompt.ids is None):
         return None  # padding was said, or found out from the lengths
@@ -487,9 +486,9 @@ def _place(run: Pass, tracker: "PassTracker", selection: Selection, device: torc
             real = _real_from_lengths(run, prompt, tracker.pad)
     elif selection.needs_prompt:
         columns = _prompt_columns(run, uncached)
-    if isinstance(selection, Columns) and isinstance(selection.index, Tensor):
-        _check_mask(run, selection.index.shape[-1], uncached)
-    if isinstance(selection, Tokens):
+    for mask in selection.masks:
+        _check_mask(run, mask.shape[-1], uncached)
+    if selection.needs_padding:
         if unclear:
             raise ValueError(
                 "Which columns are padding cannot be told: the mask of this pass is not one number a column, and no position ids came in. "

@@ -112,6 +112,11 @@ class _Part:
         return ("padding",) if self.part == "all" else ("prompt", "padding")
 
     @property
+    def counts(self) -> bool:
+        "Whether tokens of a row are counted to know which are meant."
+        return self.index is not None or self.part in ("generated", "response")
+
+    @property
     def slice(self) -> tuple[int, int | None, int]:
         "First, past-the-last and step; negative numbers count from the end of the prompt."
         if isinstance(self.index, int):
@@ -145,6 +150,11 @@ class _Selection:
     def needs_padding(self) -> bool:
         "Whether it must be known which columns are padding."
         return any("padding" in leaf.needs for leaf in self._leaves)
+
+    @property
+    def counts_tokens(self) -> bool:
+        "Whether tokens of a row are counted to know which are meant, so that a pad must not be taken for one."
+        return any(isinstance(leaf, _Part) and leaf.counts for leaf in self.leaves)
 
     @property
     def needs_ids(self) -> bool:
