@@ -31,7 +31,7 @@ from steering_vectors.calls import (
 )
 from .hooks import Attachment, uncopied
 from .layers import block_holder, resolve_layers, unwrap
-from .tokens import Columns, Place, Prompt, Selection, Tokens, select
+from .tokens import Place, Prompt, Selection, Tokens, select
 
 # %% ../nbs/reference/positions.ipynb #d3c7da3b
 @dataclass

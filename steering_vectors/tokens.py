@@ -154,7 +154,7 @@ class _Selection:
     @property
     def counts_tokens(self) -> bool:
         "Whether tokens of a row are counted to know which are meant, so that a pad must not be taken for one."
-        return any(isinstance(leaf, _Part) and leaf.counts for leaf in self.leaves)
+        return any(isinstance(leaf, _Part) and leaf.counts for leaf in self._leaves)
 
     @property
     def needs_ids(self) -> bool:
