@@ -868,12 +868,17 @@ def test_another_default_device(model: Any) -> None:
     for how in hows:
         with vectors.apply(model, **how):
             expected.append(logits(model))
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_fill(1, torch.tensor([0]), 0)}
+    shown: list[Any] = [(Tokens.response, batch), (Tokens.prompt[-2:], IDS), (None, batch)]
+    pictures = [repr(vectors.apply(model, tokens=tokens, prompt=prompt)) for tokens, prompt in shown]
     torch.set_default_device("meta")
     try:
         for how, wanted in zip(hows, expected, strict=True):
             with vectors.apply(model, **how) as handle, record_activations(model) as seen:
                 assert torch.equal(logits(model), wanted)
             assert "decoder_block" in repr(handle) and not seen[1][0].is_meta
+        for (tokens, prompt), wanted in zip(shown, pictures, strict=True):
+            assert repr(vectors.apply(model, tokens=tokens, prompt=prompt)) == wanted
     finally:
         torch.set_default_device(None)
 
