@@ -447,6 +447,48 @@ def test_no_false_alarm_in_threads(model: Any) -> None:
     assert not errors
 
 
+@pytest.mark.parametrize("thread", [False, True], ids=["a hook", "another thread"])
+def test_no_false_alarm_for_a_pass_that_had_begun(model: Any, thread: bool) -> None:
+    "A context is opened while a pass is under way, and layer 0 has run already."
+    opened: list[Any] = []
+
+    def open_() -> None:
+        opened.append(vector(0).patch(model))
+
+    def meanwhile(*args: Any) -> None:
+        if not opened and thread:
+            other = threading.Thread(target=open_)
+            other.start()
+            other.join()
+        elif not opened:
+            open_()
+
+    quiet = model.register_forward_hook(lambda *args: None)  # so that PyTorch looks for hooks at the end of the pass
+    inner = model.model.register_forward_hook(lambda *args: None)
+    hook = model.model.layers[1].register_forward_hook(meanwhile)
+    with warnings.catch_warnings(action="error", category=RuntimeWarning):
+        plain = logits(model)
+        assert opened and not torch.equal(logits(model), plain)
+    for handle in (*opened, quiet, inner, hook):
+        handle.remove()
+
+
+def test_no_false_alarm_for_a_pass_inside_of_a_pass(model: Any) -> None:
+    "An operator that asks the model itself."
+    asked: list[Tensor] = []
+
+    def op(h: Tensor, v: Tensor) -> Tensor:
+        if not asked:
+            asked.append(v)
+            model(IDS[:1])
+        return v
+
+    with warnings.catch_warnings(action="error", category=RuntimeWarning):
+        with vector(0, 1, 2).apply(model, operator=op):
+            logits(model)
+    assert asked
+
+
 # --- decorators ------------------------------------------------------------------------------------------------------
 
 
