@@ -251,8 +251,9 @@ class HookHandle(Attachment):
 
 def _take_off(module: nn.Module, hook: object) -> None:
     "Remove `hook` from `module`, also where Ctrl-C came before anyone held PyTorch's handle of it."
-    for key in [key for key, other in module._forward_hooks.items() if other == hook]:
-        module._forward_hooks.pop(key, None)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, other in hooks.items() if other == hook]:
+            hooks.pop(key, None)
 
 # %% ../nbs/reference/hooks.ipynb #aae3fba0
 def edit_output(
@@ -275,6 +276,7 @@ class _Last(threading.local):
     "For one thread, the marks of the watched modules when its last call ended."
 
     marks: Sequence[object] = ()
+    begun = False  # whether a call is under way that began while we looked
 
 
 def _listed(names: list[str]) -> str:
@@ -301,10 +303,12 @@ class RunWatch(Attachment):
     def _attach(self) -> None:
         self.told, self.counts = False, {module: _Count(self, names) for module, names in self.within.items()}
         for module, count in self.counts.items():
+            module.register_forward_pre_hook(count.begins)
             module.register_forward_hook(count.passed)
 
     def _remove(self) -> None:
         for module, count in self.counts.items():
+            _take_off(module, count.begins)
             _take_off(module, count.passed)
 
     def _went_past(self, module: nn.Module, names: list[str]) -> None:
@@ -337,11 +341,15 @@ class _Count(Uncopied):
         self.handles = [] if watch is None else [watch.handles[name] for name in names]
         self.last = _Last()
 
+    def begins(self, module: nn.Module, args: Any) -> None:
+        "A call begins."
+        self.last.begun = True
+
     def passed(self, module: nn.Module, args: Any, output: Any) -> None:
         "A call has come to its end."
-        marks, before = [handle.ran for handle in self.handles], self.last.marks
-        self.last.marks = marks
-        if module.training or self.watch is None:
+        marks, before, begun = [handle.ran for handle in self.handles], self.last.marks, self.last.begun
+        self.last.marks, self.last.begun = marks, False
+        if module.training or self.watch is None or not begun:
             return
         self.passes += 1
         if any(map(is_, marks, before or [None] * len(marks))) and not self.watch.told:

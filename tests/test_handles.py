@@ -447,6 +447,48 @@ def test_no_false_alarm_in_threads(model: Any) -> None:
     assert not errors
 
 
+@pytest.mark.parametrize("thread", [False, True], ids=["a hook", "another thread"])
+def test_no_false_alarm_for_a_pass_that_had_begun(model: Any, thread: bool) -> None:
+    "A context is opened while a pass is under way, and layer 0 has run already."
+    opened: list[Any] = []
+
+    def open_() -> None:
+        opened.append(vector(0).patch(model))
+
+    def meanwhile(*args: Any) -> None:
+        if not opened and thread:
+            other = threading.Thread(target=open_)
+            other.start()
+            other.join()
+        elif not opened:
+            open_()
+
+    quiet = model.register_forward_hook(lambda *args: None)  # so that PyTorch looks for hooks at the end of the pass
+    inner = model.model.register_forward_hook(lambda *args: None)
+    hook = model.model.layers[1].register_forward_hook(meanwhile)
+    with warnings.catch_warnings(action="error", category=RuntimeWarning):
+        plain = logits(model)
+        assert opened and not torch.equal(logits(model), plain)
+    for handle in (*opened, quiet, inner, hook):
+        handle.remove()
+
+
+def test_no_false_alarm_for_a_pass_inside_of_a_pass(model: Any) -> None:
+    "An operator that asks the model itself."
+    asked: list[Tensor] = []
+
+    def op(h: Tensor, v: Tensor) -> Tensor:
+        if not asked:
+            asked.append(v)
+            model(IDS[:1])
+        return v
+
+    with warnings.catch_warnings(action="error", category=RuntimeWarning):
+        with vector(0, 1, 2).apply(model, operator=op):
+            logits(model)
+    assert asked
+
+
 # --- decorators ------------------------------------------------------------------------------------------------------
 
 
@@ -868,12 +910,17 @@ def test_another_default_device(model: Any) -> None:
     for how in hows:
         with vectors.apply(model, **how):
             expected.append(logits(model))
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_fill(1, torch.tensor([0]), 0)}
+    shown: list[Any] = [(Tokens.response, batch), (Tokens.prompt[-2:], IDS), (None, batch)]
+    pictures = [repr(vectors.apply(model, tokens=tokens, prompt=prompt)) for tokens, prompt in shown]
     torch.set_default_device("meta")
     try:
         for how, wanted in zip(hows, expected, strict=True):
             with vectors.apply(model, **how) as handle, record_activations(model) as seen:
                 assert torch.equal(logits(model), wanted)
             assert "decoder_block" in repr(handle) and not seen[1][0].is_meta
+        for (tokens, prompt), wanted in zip(shown, pictures, strict=True):
+            assert repr(vectors.apply(model, tokens=tokens, prompt=prompt)) == wanted
     finally:
         torch.set_default_device(None)
 
