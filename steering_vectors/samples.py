@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from .chats import chat_openings, special_strings
 from steering_vectors.prompts import (
     Template,
     Text,
-    chat_openings,
     encoded_texts,
     id_row,
     is_messages,
     prompt_length,
     shared_start,
-    special_strings,
 )
 from .prompts import text_ids as text_ids  # tokenized here in earlier versions
 from .prompts import texts_ids as texts_ids
@@ -117,7 +116,7 @@ def as_sample(
     if isinstance(sample, Mapping):
         for pos, neg in _SIDES:
             if pos in sample and neg in sample:
-                own = [sample.get(f"read_{side}_token_index") for side in ("positive", "negative")]
+                own = [_from_table(sample.get(f"read_{side}_token_index")) for side in ("positive", "negative")]
                 return SteeringVectorTrainingSample(*_both(sample, pos, neg, name), *own)
     elif isinstance(sample, tuple | list) and len(sample) == 2 and not is_messages(sample):
         return SteeringVectorTrainingSample(sample[0], sample[1])
@@ -128,9 +127,16 @@ def as_sample(
     )
 
 
+def _from_table(value: Any) -> Any:
+    "A data frame keeps what is absent as NaN, and whole numbers beside it as floats."
+    if not isinstance(value, float):
+        return value
+    return None if value != value else int(value) if value.is_integer() else value
+
+
 def _both(row: Mapping[str, Any], pos: str, neg: str, name: str) -> tuple[Text, Text]:
     "Both texts of a row, which may have its prompt in a column of its own."
-    prompt, texts = row.get("prompt"), (row[pos], row[neg])
+    prompt, texts = _from_table(row.get("prompt")), (row[pos], row[neg])
     strings = all(isinstance(text, str) for text in texts)
     if pos == "chosen" and prompt is None and strings and (asked := {"question", "instruction", "input"} & set(row)):
         raise TypeError(f"{name} has a {asked.pop()!r} and answers to it: call that column 'prompt'.")

@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from steering_vectors.chats import has_template
 from steering_vectors.demo import tiny_tokenizer
 from steering_vectors.prompts import (
     added_tokens,
     continuation_ids,
-    has_template,
     prompt_ids,
     prompt_length,
     text_ids,
@@ -196,8 +196,15 @@ def test_a_template_that_rewrites_what_was_said_is_an_error_without_placeholders
     tokenizer = lines("{% for m in messages %}{{ raise_exception('no ' + m.content) }}{% endfor %}")
     with pytest.raises(ValueError, match="refuses the conversation: no Hello$"):
         prompt_ids(tokenizer, [{"role": "assistant", "content": "Hello"}])
-    with pytest.raises(ValueError, match="no text, so there is nothing to continue"):
-        prompt_ids(tiny_tokenizer(), [USER, {"role": "assistant", "content": None, "tool_calls": []}])
+    for last in (
+        {"content": None},
+        {},
+        {"content": []},
+        {"content": [*parts("b"), {"type": "image"}]},
+        {"content": "b", "tool_calls": [{"name": "c"}]},
+    ):
+        with pytest.raises(ValueError, match="does not end with text, so there is nothing to continue"):
+            prompt_ids(tiny_tokenizer(), [USER, {"role": "assistant", **last}])
 
 
 THINKS = (  # as Qwen 3: thoughts are taken out of what was said and put into their own place

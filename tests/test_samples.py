@@ -241,6 +241,12 @@ def test_tables_are_read_by_row() -> None:
     assert encode_samples(tokenizer, stored) == encode_samples(tokenizer, talks)
     stored["prompt"] = [pandas.Series(ASK).to_numpy()]
     assert encode_samples(tokenizer, stored) == encode_samples(tokenizer, talks)
+    marked = [{**rows[0], "read_positive_token_index": 1}, {**rows[1], "read_positive_token_index": None}]
+    assert encode_samples(tokenizer, pandas.DataFrame(marked)) == encode_samples(tokenizer, marked)
+    some = [prefer[0], {"prompt": None, "chosen": "a", "rejected": "b"}]
+    assert encode_samples(tokenizer, pandas.DataFrame(some)) == encode_samples(tokenizer, some)
+    some[1]["prompt"] = float("nan")  # type: ignore[assignment]
+    assert encode_samples(tokenizer, some)[1] == encode_samples(tokenizer, [("a", "b")])[0]
     assert encode_samples(tokenizer, Polars(rows)) == encode_samples(tokenizer, rows)  # type: ignore[arg-type]
     columns = datasets.Dataset.from_list(prefer)[:2]  # a part of a data set comes as columns
     assert encode_samples(tokenizer, columns) == encode_samples(tokenizer, prefer)
@@ -410,3 +416,14 @@ def test_pairs_of_ids_are_read_like_strings() -> None:
         assert encode_samples(tokenizer, ids, read=read) == wanted  # type: ignore[arg-type]
         assert encode_samples(tokenizer, [tuple(map(torch.tensor, pair)) for pair in ids], read=read) == wanted  # type: ignore[misc]
     assert as_text(torch.tensor([[1, 2]])) == [1, 2]
+
+
+@pytest.mark.parametrize("read", [Tokens.generated, Tokens.prompt[-2:], Tokens.response, Tokens.all[1:]])
+def test_places_are_found_whatever_the_default_device(read: Tokens) -> None:
+    tokenizer, rows = tiny_tokenizer(), [{"prompt": "Hi?", "chosen": "Yes", "rejected": "No!"}]
+    wanted = encode_samples(tokenizer, rows, read=read)
+    torch.set_default_device("meta")
+    try:
+        assert encode_samples(tokenizer, rows, read=read) == wanted
+    finally:
+        torch.set_default_device(None)
