@@ -399,9 +399,9 @@ def main(
     arguments: Sequence[str] | None = None,  # the command line's, by default
 ) -> None:
     "Train a vector, print how long it is, and the same question answered at several multipliers."
+    from steering_vectors.chats import has_template
     from steering_vectors.effects import sweep
     from steering_vectors.layers import resolve_layer_numbers, resolve_layers
-    from steering_vectors.chats import has_template
     from steering_vectors.training import train_steering_vector
 
     asked = _parser().parse_args(arguments)
