@@ -416,3 +416,14 @@ def test_pairs_of_ids_are_read_like_strings() -> None:
         assert encode_samples(tokenizer, ids, read=read) == wanted  # type: ignore[arg-type]
         assert encode_samples(tokenizer, [tuple(map(torch.tensor, pair)) for pair in ids], read=read) == wanted  # type: ignore[misc]
     assert as_text(torch.tensor([[1, 2]])) == [1, 2]
+
+
+@pytest.mark.parametrize("read", [Tokens.generated, Tokens.prompt[-2:], Tokens.response, Tokens.all[1:]])
+def test_places_are_found_whatever_the_default_device(read: Tokens) -> None:
+    tokenizer, rows = tiny_tokenizer(), [{"prompt": "Hi?", "chosen": "Yes", "rejected": "No!"}]
+    wanted = encode_samples(tokenizer, rows, read=read)
+    torch.set_default_device("meta")
+    try:
+        assert encode_samples(tokenizer, rows, read=read) == wanted
+    finally:
+        torch.set_default_device(None)
