@@ -58,7 +58,9 @@ def is_cache(
 def _is_pair(layer: Any) -> bool:
     "Whether this is the keys and values of one layer."
     return (
-        isinstance(layer, (list, tuple)) and len(layer) >= 2 and all(isinstance(t, Tensor) and t.ndim > 2 for t in layer)
+        isinstance(layer, (list, tuple))
+        and len(layer) >= 2
+        and all(isinstance(t, Tensor) and t.ndim > 2 for t in layer)
     )
 
 # %% ../nbs/reference/calls.ipynb #e86fcbf5
@@ -66,7 +68,9 @@ def find_cache(
     entries: Mapping[str, Any],  # arguments, or what was returned, by name
 ) -> tuple[str, Any] | None:  # its name, and the cache
     "The cache among `entries`."
-    found = {name: value for name, value in entries.items() if not name.startswith("encoder_") and is_cache(value, name)}
+    found = {
+        name: value for name, value in entries.items() if not name.startswith("encoder_") and is_cache(value, name)
+    }
     hinted = next(((name, found[name]) for name in STATES if name in found), None)
     one = len({id(value) for value in found.values()}) == 1
     return hinted or (next(iter(found.items())) if one else None)

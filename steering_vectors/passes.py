@@ -373,7 +373,9 @@ def continued_pass(
     begin = {"input_ids": first, "attention_mask": mask, "position_ids": positions, "use_cache": True}
     name, cache = _kept_cache(model, model(**_known_inputs(model, begin)))
     cache.reorder_cache(torch.zeros(b, dtype=torch.long, device=device))
-    before = [] if cache_length(cache) is None else [mask.expand(b, -1)]  # a pure state-space model has no columns before
+    before = (
+        [] if cache_length(cache) is None else [mask.expand(b, -1)]
+    )  # a pure state-space model has no columns before
     inputs = {
         **now.inputs,
         "attention_mask": torch.cat([*before, now.inputs["attention_mask"]], 1),
@@ -388,6 +390,10 @@ def _kept_cache(model: nn.Module, output: Any) -> tuple[str, Any]:
     "The cache that a pass has left, and its name; it must be one whose rows can be repeated."
     name, cache = find_cache(returned(output)) or ("", None)
     if not hasattr(cache, "reorder_cache"):
-        what = "no cache that is recognised" if cache is None else f"a {type(cache).__name__}, whose rows cannot be repeated"
+        what = (
+            "no cache that is recognised"
+            if cache is None
+            else f"a {type(cache).__name__}, whose rows cannot be repeated"
+        )
         raise ValueError(f"{type(model).__name__} returned {what}, so a common beginning cannot be run first.")
     return name, cache

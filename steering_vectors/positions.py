@@ -140,7 +140,9 @@ def read_pass(
         raise ValueError(SEVERAL)
     given = next((inner[k] for k in INPUTS if isinstance(inner.get(k), Tensor)), None)
     if given is None:
-        given = next((v for v in inner.values() if isinstance(v, Tensor) and v.ndim >= 2), torch.zeros(1, 1, device="cpu"))
+        given = next(
+            (v for v in inner.values() if isinstance(v, Tensor) and v.ndim >= 2), torch.zeros(1, 1, device="cpu")
+        )
     b, s = given.shape[:2]
     cache = next((found[1] for found in map(find_cache, doors) if found), None)
     run = Pass(int(b), int(s), cache=cache, seen=None if cache is None else memory.get(cache))
@@ -264,9 +266,13 @@ def _real_from_positions(positions: Tensor) -> Tensor | None:
     begin, fill = positions.gather(1, last), positions[:, :1]
     on_the_left = (left | (positions == fill)).all(1, keepdim=True) & ((last == 0) | _is_fill(fill, begin))
     begin, fill, end = positions[:, :1], positions[:, -1:], positions.gather(1, first - 1)
-    on_the_right = (right | (positions == fill)).all(1, keepdim=True) & ((first == s) | _is_fill(fill, begin) | (fill == end))
+    on_the_right = (right | (positions == fill)).all(1, keepdim=True) & (
+        (first == s) | _is_fill(fill, begin) | (fill == end)
+    )
     if bool((on_the_left | on_the_right).all()):
-        real = right if bool(on_the_right.all()) and not bool(on_the_left.all()) else torch.where(on_the_left, left, right)
+        real = (
+            right if bool(on_the_right.all()) and not bool(on_the_left.all()) else torch.where(on_the_left, left, right)
+        )
         return real[:, :0] if bool(real.all()) else real
     again = (steps < 0) & (positions <= positions[:, :1]) & ~on_the_left & ~on_the_right
     if bool(again.any()):
@@ -414,7 +420,9 @@ def _looks_padded(ids: Tensor, pad: int | None) -> bool:
     return False
 
 
-def _check_rows(run: Pass, prompt: Prompt | None, selection: Tokens, columns: int | None, pad: int | None) -> str | None:
+def _check_rows(
+    run: Pass, prompt: Prompt | None, selection: Tokens, columns: int | None, pad: int | None
+) -> str | None:
     "A warning where several rows may be padded and nobody said so; an error where they are."
     counts = any(span.part in ("generated", "response") or span.index is not None for span in selection.spans)
     ids = prompt.ids if prompt is not None and prompt.ids is not None else run.ids
@@ -515,7 +523,9 @@ class Doors(Attachment):
         except ValueError:  # layers were named by the user, in a model without a list of blocks
             self.holder = self.model
         try:
-            self.first: nn.Module | None = self.model.get_submodule(next(iter(resolve_layers(self.model, "decoder_block").values())))
+            self.first: nn.Module | None = self.model.get_submodule(
+                next(iter(resolve_layers(self.model, "decoder_block").values()))
+            )
         except (ValueError, StopIteration):
             self.first = None
         self.hooks: list[Any] = []
