@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Steps', 'PLAIN', 'add_to_bias', 'project_out', 'evaluating', 'probe', 'last_maps', 'refuse_unbakeable', 'emptied',
-           'shapes_of', 'with_biases', 'is_valid', 'bias_switches', 'plain_copy', 'llama_config', 'steered',
-           'in_two_steps', 'check_equal', 'plain_config', 'unplain', 'refuse_quantised', 'check_request', 'bake',
+           'shapes_of', 'with_biases', 'is_valid', 'bias_switches', 'plain_config', 'plain_copy', 'llama_config',
+           'steered', 'in_two_steps', 'check_equal', 'unplain', 'refuse_quantised', 'check_request', 'bake',
            'blueprint']
 
 # %% ../nbs/reference/baking.ipynb #99032d4b
@@ -184,6 +184,15 @@ def bias_switches(
     return [(at, key, value) for at, key, value in found if "bias" in key]
 
 # %% ../nbs/reference/baking.ipynb #c17cfe34
+def plain_config(
+    config: "PreTrainedConfig",  # of a model that may have been quantised
+) -> "PreTrainedConfig":  # a copy
+    "The config of the same model with ordinary weights."
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
 def plain_copy(
     model: "PreTrainedModel",  # not changed
     model_class: type["PreTrainedModel"],  # of the copy
@@ -294,15 +303,6 @@ def check_equal(
 
 # %% ../nbs/reference/baking.ipynb #0a19c103
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def plain_config(
-    config: "PreTrainedConfig",  # of a model that may have been quantised
-) -> "PreTrainedConfig":  # a copy
-    "The config of the same model with ordinary weights."
-    config = copy.deepcopy(config)
-    config.__dict__.pop("quantization_config", None)
-    return config
 
 
 def unplain(

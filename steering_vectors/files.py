@@ -101,7 +101,7 @@ def check_fields(
         raise TypeError(f"Provenance.texts has texts under texts, and {strange[0]!r} is none.")
 
 
-KNOWN = frozenset({f.name for f in fields(Provenance)} | {"format_version", "layer_type", "checksum", "needs"})
+KNOWN = frozenset({f.name for f in fields(Provenance)} | {"format_version", "layer_type", "checksum"})
 
 # %% ../nbs/reference/files.ipynb #d04995b2
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -106,6 +106,9 @@ class SteeringVector:
     # --- combine -----------------------------------------------------------------------------------------------------
     __array_ufunc__ = None  # numpy is not to take `array * vector` apart into many vectors
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:  # or numpy would make an array of the layers' numbers
+        raise TypeError("A SteeringVector is no array; `layer_activations` holds its tensors.")
+
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         return _sum(self, other, 1) if isinstance(other, SteeringVector) else NotImplemented
 
@@ -255,6 +258,8 @@ def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
         except TypeError:
             raise TypeError(f"Layers are numbered by integers; {n!r} is a {type(n).__name__}.") from None
         try:
+            if isinstance(v, SteeringVector):
+                raise TypeError
             v = v if isinstance(v, Tensor) else torch.as_tensor(v, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"The direction of layer {n} must be a tensor, not a {type(v).__name__}.") from None

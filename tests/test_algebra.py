@@ -151,6 +151,19 @@ def test_an_empty_vector_is_false_and_every_other_true():
     assert vector(0) and SteeringVector({0: torch.zeros(4)}) and (0 * vector(0))
 
 
+def test_a_vector_is_not_taken_for_an_array_of_numbers():
+    v = vector(0)
+    for made in (
+        lambda: np.asarray(v),
+        lambda: np.array([v, v]),
+        lambda: np.stack([v, v]),
+        lambda: SteeringVector({0: v}),
+    ):
+        with pytest.raises(TypeError, match="no array|must be a tensor, not a SteeringVector"):
+            made()
+    assert (v == np.ones(2)) is False and (v != np.array(0)) is True and [v, vector(1)].index(v) == 0
+
+
 def test_vectors_are_summed_by_sum():
     v, w, x = vector(0), vector(1, (1, 2)), vector(2)
     assert sum([v, w, x]) == v + w + x and sum([v]) == v and sum([]) == 0

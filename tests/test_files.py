@@ -263,7 +263,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-UNKNOWN = st.dictionaries(st.text().filter(lambda k: k not in files.KNOWN), JSON, max_size=4)
+UNKNOWN = st.dictionaries(
+    (st.sampled_from(["needs", "calibration", "gate", "Note"]) | st.text()).filter(lambda k: k not in files.KNOWN),
+    JSON,
+    max_size=4,
+)
 writable = st.characters(exclude_categories=["Cs"])  # safetensors writes UTF-8
 
 
