@@ -456,7 +456,7 @@ class Request:
 
 def describe(what: Any) -> str:
     "What is read, or an aggregator, in words; the same in every process."
-    shown = repr(what)
+    shown = str(int(what)) if isinstance(what, Integral) else repr(what)
     return str(getattr(what, "__name__", type(what).__name__)) if " at 0x" in shown else shown
 
 # %% ../nbs/reference/extraction.ipynb #6926677d

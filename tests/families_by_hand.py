@@ -23,6 +23,12 @@ def prepare(name: str) -> SimpleNamespace:
     return SimpleNamespace(name=name, model=model, ids=ids, mask=mask, dtype=dtype)
 
 
+def run(name: str) -> None:
+    "Build a family and run it once."
+    family = prepare(name)
+    logits(family.model, family.ids)
+
+
 def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 

@@ -666,6 +666,8 @@ def test_the_place_that_was_read_is_the_one_in_the_provenance() -> None:
     assert where([row | {"read_positive_token_index": place, "read_negative_token_index": place}]) == str(place)
     assert where(PAIRS) == "-1" and where(PAIRS, read=Tokens.all[80:]) == "Tokens.all[80:]"
 
+    assert where(PAIRS, read_token_index=torch.tensor([-2]).numpy()[0]) == "-2"  # a number of another make
+
     def at_the_end(text: str) -> int:
         return -1
 

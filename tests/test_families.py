@@ -25,6 +25,7 @@ from families_by_hand import (
     prepare,
     put_back,
     read_by_hand,
+    run,
     vector,
 )
 from torch import Tensor
@@ -47,7 +48,7 @@ def family(request: pytest.FixtureRequest) -> Iterator[Any]:
     MARKS[name] = {}
     if name in families.CANNOT:
         pytest.skip(families.CANNOT[name])
-    versions.skip_if(versions.fault(lambda: families.build(name), f"the tiny {name} cannot be built"))
+    versions.skip_if(versions.fault(lambda: run(name), f"the tiny {name} does not run"))
     family = prepare(name)
     family.found = find_layers(family.model)
     yield family

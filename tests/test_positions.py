@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import warnings
 from typing import Any
 
 import families
@@ -305,3 +306,213 @@ def test_a_wait_would_be_counted(model: Any) -> None:
     ):
         model(one()["input_ids"])
     assert sum(counted.seen.values()) >= 2
+
+
+# --- rows without a mask ---------------------------------------------------------------------------------------------
+
+RIGHT = torch.tensor([[5, 9, 17, 33, 12], [6, 7, 0, 0, 0]])
+COUNTED = [Tokens.response, Tokens.prompt[-1], Tokens.prompt[0], Tokens.all[1:3], Tokens.generated[1:]]
+
+
+def looked_at(model: Any, ids: Tensor, say: Any, prompt: Any = None, **how: Any) -> list[list[int]]:
+    from test_unusual_passes import steered
+
+    return steered(
+        model, lambda: model(ids, **how), **(say if isinstance(say, dict) else {"tokens": say}), prompt=prompt
+    )
+
+
+@pytest.fixture(scope="module")
+def three() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("tokens", COUNTED, ids=str)
+@pytest.mark.parametrize(
+    "ids", [RIGHT, RIGHT.flip(1), torch.tensor([[5, 9, 17], [6, 7, 0]]), torch.tensor([[5, 9, 17, 8], [6, 7, 7, 7]])]
+)
+@pytest.mark.parametrize("said", [False, True])
+def test_rows_that_look_padded_are_refused(three: Any, tokens: Any, ids: Tensor, said: bool) -> None:
+    "An evaluation harness pads on the right and passes the bare ids; ids in prompt= do not tell more."
+    with pytest.raises(ValueError, match="look padded.*attention_mask="):
+        looked_at(three, ids, tokens, prompt=ids if said else None)
+
+
+def test_rows_that_do_not_look_padded_are_warned_about_once(three: Any) -> None:
+    ids = torch.tensor([[5, 9, 17], [6, 7, 8]])
+    with torch.no_grad(), vector_of(three).apply(three, tokens=Tokens.response):
+        with pytest.warns(UserWarning, match="2 rows came in without a mask.*attention_mask="):
+            three(ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            three(ids + 20)
+
+
+@pytest.mark.parametrize("tokens", COUNTED, ids=str)
+def test_rows_of_which_the_padding_is_known(three: Any, tokens: Any) -> None:
+    "By a mask, by the tokenizer's output, by generate, or because there is nothing to know: no warning, no error."
+    mask = (RIGHT != 0).long()
+    one, same = RIGHT[:1], RIGHT[:1].repeat(3, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = looked_at(three, RIGHT, tokens, attention_mask=mask)
+        assert looked_at(three, RIGHT, tokens, prompt={"input_ids": RIGHT, "attention_mask": mask}) == told
+        assert looked_at(three, RIGHT, tokens, prompt=[[5, 9, 17, 33, 12], [6, 7]]) == told, "the lengths tell"
+        assert looked_at(three, same, tokens) == looked_at(three, one, tokens) * 3
+        ones = torch.ones_like(RIGHT)
+        assert looked_at(three, RIGHT, tokens, attention_mask=ones)[1] == looked_at(three, RIGHT[1:], tokens)[0]
+        with vector_of(three).apply(three, tokens=tokens):
+            generate(three, {"input_ids": torch.tensor([[5, 9, 17], [6, 7, 8]])})
+    for free in (Tokens.all, {"min_token_index": 2}, {"token_indices": [1]}, {"token_indices": slice(1, 3)}):
+        assert len(looked_at(three, RIGHT, free)) == 2
+
+
+def test_lengths_that_fit_on_both_sides_are_refused(three: Any) -> None:
+    ids = torch.tensor([[5, 9, 17], [6, 7, 8]])
+    with pytest.raises(ValueError, match="on which side they are padded"):
+        looked_at(three, ids, Tokens.response, prompt=[[5, 9, 17], [6, 7]])
+    left = looked_at(three, RIGHT.flip(1), Tokens.prompt[0], prompt=[[12, 33, 17, 9, 5], [7, 6]])
+    assert left == [[1, 0, 0, 0, 0], [0, 0, 0, 1, 0]]
+
+
+# --- position ids ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [0, 1, 10, 1000])
+def test_one_sequence_begins_anywhere(three: Any, first: int) -> None:
+    ids = torch.tensor([[5, 9, 17, 33, 12, 44, 21]])
+    places = torch.arange(first, first + 7)[None]
+    for say, want in [
+        ({"min_token_index": 3}, [0, 0, 0, 1, 1, 1, 1]),
+        (Tokens.prompt[:2], [1, 1, 0, 0, 0, 0, 0]),
+        (Tokens.response, [0] * 6 + [1]),
+    ]:
+        assert looked_at(three, ids, say, position_ids=places) == [want]
+        assert looked_at(three, ids, say, position_ids=places, use_cache=False) == [want]
+
+
+@pytest.mark.parametrize("places", [[0, 2, 4, 6, 8], [0, 0, 5, 9, 3], [7, 3, 9, 8, 11], [0, 5, 6, 7, 8]], ids=str)
+def test_positions_of_the_users_own(three: Any, places: list[int]) -> None:
+    "Columns need none of them; a single row may be counted, for nothing shows padding in it."
+    ids, given = torch.tensor([[5, 9, 17, 33, 12]]), torch.tensor([places])
+    assert looked_at(three, ids, {"min_token_index": 3}, position_ids=given) == [[0, 0, 0, 1, 1]]
+    assert looked_at(three, ids, Tokens.response, position_ids=given) == [[0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "places, want",
+    [
+        ([0, 0, 0, 1, 2], [0, 0, 1, 1, 1]), ([1, 1, 0, 1, 2], [0, 0, 1, 1, 1]), ([0, 1, 2, 0, 0], [1, 1, 1, 0, 0]), ([0, 1, 2, 1, 1], [1, 1, 1, 0, 0]),
+        ([0, 1, 2, 2, 2], [1, 1, 1, 0, 0]), ([1, 1, 1, 1, 0], [0, 0, 0, 0, 1]), ([6, 6, 6, 7, 8], [0, 0, 1, 1, 1]), ([3, 4, 5, 6, 7], [1] * 5),
+    ],
+)  # fmt: skip
+def test_padding_shows_in_positions(three: Any, places: list[int], want: list[int]) -> None:
+    ids = torch.tensor([[5, 9, 17, 33, 12], [6, 7, 8, 9, 10]])
+    given = torch.tensor([places, [0, 1, 2, 3, 4]])
+    assert looked_at(three, ids, Tokens.all, position_ids=given) == [want, [1] * 5]
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+X = torch.tensor([[5, 9, 17, 33, 12, 44, 21]])
+
+
+def embedded(model: Any, ids: Tensor) -> Tensor:
+    return model.get_input_embeddings()(ids).detach()
+
+
+@pytest.mark.parametrize("front, back", [(0, 0), (3, 0), (0, 2), (4, 3)])
+def test_the_prompt_is_found_among_embeddings(three: Any, front: int, back: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    parts = [
+        torch.randn(1, front, 32, generator=g),
+        embedded(three, X),
+        embedded(three, torch.arange(60, 60 + back)[None]),
+    ]
+    from test_unusual_passes import steered
+
+    got = steered(
+        three, lambda: three(inputs_embeds=torch.cat(parts, 1)), tokens=Tokens.prompt[0] | Tokens.response, prompt=X
+    )
+    assert got == [[0] * front + [1, 0, 0, 0, 0, 0, 1] + [1] * back]
+
+
+@pytest.mark.parametrize("columns", [5, 6, 8, 9, 14])
+def test_embeddings_without_the_prompt_are_refused(three: Any, columns: int) -> None:
+    from test_unusual_passes import steered
+
+    other = torch.randn(1, columns, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=f"given {columns} embeddings a row, and no ids; prompt= has 7 columns"):
+        steered(three, lambda: three(inputs_embeds=other), tokens=Tokens.response, prompt=X)
+    assert steered(three, lambda: three(inputs_embeds=other), min_token_index=columns - 1) == [
+        [0] * (columns - 1) + [1]
+    ]
+
+
+def test_as_many_embeddings_as_the_prompt_has_tokens_are_believed(three: Any) -> None:
+    from test_unusual_passes import steered
+
+    soft = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    assert steered(three, lambda: three(inputs_embeds=soft), tokens=Tokens.response, prompt=X) == [[0] * 6 + [1]]
+    grown = torch.cat([soft, torch.randn(1, 2, 32)], 1)
+
+    def loop() -> None:  # without a cache the embeddings come again, with more behind them
+        three(inputs_embeds=soft, use_cache=False)
+        three(inputs_embeds=grown, use_cache=False)
+
+    from test_calls import passes_of
+
+    assert passes_of(three, loop, tokens=Tokens.response, prompt=X)[1] == [[0] * 6 + [1] * 3]
+    with pytest.raises(ValueError, match="repeats an earlier one"):
+        passes_of(three, loop, tokens=Tokens.response)
+
+
+# --- what the user did is what the error is about --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_scoring_the_end_of_a_text(three: Any, cached: bool) -> None:
+    with pytest.raises(ValueError, match=r"logits of its last 3 tokens \(logits_to_keep=3\).*prompt=") as error:
+        looked_at(three, X, Tokens.response, logits_to_keep=3, use_cache=cached)
+    assert "draft" not in str(error.value)
+    assert looked_at(three, X, Tokens.response, logits_to_keep=3, prompt=X[:, :5]) == [[0, 0, 0, 0, 1, 1, 1]]
+    assert looked_at(three, X, {"min_token_index": 5}, logits_to_keep=3) == [[0] * 5 + [1, 1]]
+
+
+def git() -> Any:
+    from transformers import GitConfig, GitForCausalLM
+
+    torch.manual_seed(0)
+    eyes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    return GitForCausalLM(GitConfig(vision_config=eyes, **sizes, **ends)).eval()
+
+
+@pytest.mark.parametrize(
+    "say",
+    [{"min_token_index": 10}, {"token_indices": [1]}, {"tokens": Tokens.response}, {"tokens": Tokens.prompt[0]}],
+    ids=str,
+)
+def test_a_model_that_puts_an_image_among_the_tokens(say: dict[str, Any]) -> None:
+    model, image = git(), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        ValueError, match="was given 7 a row, and its blocks compute 12 columns, because it puts 5 of its own"
+    ):
+        looked_at(model, X, say, pixel_values=image)
+    assert looked_at(model, X, {"multiplier": [2.0]}, pixel_values=image) == [[1] * 12]
+    assert looked_at(model, X, {}, pixel_values=image) == [[1] * 12]
+    assert sum(looked_at(model, X, say)[0]) == (0 if "min_token_index" in say else 1)
