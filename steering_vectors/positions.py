@@ -274,7 +274,7 @@ def _real_from_positions(positions: Tensor) -> Tensor | None:
             right if bool(on_the_right.all()) and not bool(on_the_left.all()) else torch.where(on_the_left, left, right)
         )
         return real[:, :0] if bool(real.all()) else real
-    again = (steps < 0) & (positions <= positions[:, :1]) & ~on_the_left & ~on_the_right
+    again = (steps < 0) & ((positions == 0) | (positions == positions[:, :1])) & ~on_the_left & ~on_the_right
     if bool(again.any()):
         raise ValueError(SEVERAL)
     return None
