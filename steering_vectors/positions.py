@@ -425,7 +425,14 @@ def _check_rows(
 ) -> str | None:
     "A warning where several rows may be padded and nobody said so; an error where they are."
     ids = prompt.ids if prompt is not None and prompt.ids is not None else run.ids
-    if run.batch < 2 or run.padding_known or not run.fresh or not selection.counts_tokens or ids is None or ids.shape[1] < 2:
+    if (
+        run.batch < 2
+        or run.padding_known
+        or not run.fresh
+        or not selection.counts_tokens
+        or ids is None
+        or ids.shape[1] < 2
+    ):
         return None
     if prompt is not None and (prompt.real is not None or prompt.ids is None):
         return None  # padding was said, or found out from the lengths
@@ -537,7 +544,9 @@ class Doors(Attachment):
             self.hooks.append(module.register_forward_pre_hook(uncopied(enter), with_kwargs=True, prepend=True))
             self.hooks.append(module.register_forward_hook(uncopied(leave), always_call=True))
         if self.first is not None:
-            self.hooks.append(self.first.register_forward_pre_hook(uncopied(self._begin), with_kwargs=True, prepend=True))
+            self.hooks.append(
+                self.first.register_forward_pre_hook(uncopied(self._begin), with_kwargs=True, prepend=True)
+            )
 
     def _remove(self) -> None:
         for hook in self.hooks:
