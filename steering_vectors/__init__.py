@@ -95,6 +95,7 @@ _home = {  # public name -> the module that teaches it; the names of 0.12 first
     "ablation_operator": "operators",
     "addition_operator": "operators",
     "ablation_then_addition_operator": "operators",
+    "AccumulatingAggregator": "aggregators",
     "find_layers": "layers",
     "FoundLayers": "layers",
     "Recording": "recording",

@@ -96,12 +96,14 @@ def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
 def elsewhere() -> dict[str, Any]:
     "Names that modules import for type checkers only."
     import matplotlib.axes
+    import torch.distributed
     import transformers
 
     names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedTokenizerBase")}
     return {
         **names,
         "Axes": matplotlib.axes.Axes,
+        "ProcessGroup": torch.distributed.ProcessGroup,
         **{n: getattr(steering_vectors, n) for n in steering_vectors.__all__},
     }
 
