@@ -424,6 +424,92 @@ def test_a_chat_format_in_code_is_a_chat_format(kind: type) -> None:
     assert text_ids(tokenizer, inside) == text_ids(tokenizer, OPEN)
 
 
+class Backend:
+    "As `MistralCommonBackend`: a method in place of a property, pieces in place of words, no answer without words."
+
+    def __init__(self) -> None:
+        self.own, self.chat_template = words(("<s>",), ()), None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def __call__(self, *args: Any, **how: Any) -> Any:
+        return self.own(*args, **how)
+
+    def added_tokens_decoder(self) -> None:
+        raise NotImplementedError
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        mark = " " if skip_special_tokens else "▁"
+        return mark.join(self.own.convert_ids_to_tokens([i for i in ids if i > 2 or not skip_special_tokens]))
+
+    def apply_chat_template(self, conversation: Any, continue_final_message: bool = False, **rest: Any) -> Any:
+        last = conversation[-1]
+        if last["role"] == "assistant" and not (continue_final_message and last["content"]):
+            raise RuntimeError("expected the user")
+        turns = [f"{m['role']} : {m['content']} :" if m["role"] == "user" else m["content"] for m in conversation]
+        return self(" ".join(["<s>", *turns]), add_special_tokens=False)
+
+
+def test_a_backend_that_lacks_what_others_have() -> None:
+    tokenizer: Any = Backend()
+    header = "<s> user : a c :"
+    chat = [{"role": "user", "content": "a c"}, {"role": "assistant", "content": "b c"}]
+    empty = [chat[0], {"role": "assistant", "content": ""}]
+    for prompt in ("a c", chat[:1], empty, "<s> user : a c :"):
+        assert read(tokenizer, prompt_ids(tokenizer, prompt)) == header
+    assert read(tokenizer, text_ids(tokenizer, chat)) == header + " b c"
+    assert prompt_length(tokenizer, chat, text_ids(tokenizer, chat)) == len(header.split())
+    assert read(tokenizer, prompt_ids(tokenizer, chat[:1], add_generation_prompt=False)) == "<s> user : a c"
+    assert text_ids(tokenizer, {"prompt": "a c", "response": "b c"}) == text_ids(tokenizer, chat)
+    with pytest.raises(ValueError, match="expected the user"):
+        text_ids(tokenizer, chat, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("said", ["b", "a", "0", "b c b", "b </s>", "c : b"])
+def test_closing_tokens_are_cut_off_by_what_other_words_end_with_too(said: str) -> None:
+    tokenizer = words(("<s>",), (), None, Ignores)
+    chat = [USER, {"role": "assistant", "content": said}]
+    wanted = "<s> user : a </s> assistant : " + said.replace("0", "[UNK]")
+    if "0" in said:
+        with pytest.raises(ValueError, match="does not write the last message as it stands: 0"):
+            text_ids(tokenizer, chat)
+    else:
+        assert read(tokenizer, text_ids(tokenizer, chat)) == wanted
+
+
+def test_a_special_token_that_is_read_as_letters_begins_no_chat() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = [read(tokenizer, prompt_ids(tokenizer, "<s>[user] a")), read(tokenizer, text_ids(tokenizer, "<s>a"))]
+    assert texts[0].split()[:2] == ["<s>", "["] and texts[1] == "<s> a"
+    tokenizer.split_special_tokens = True
+    for ask in (prompt_ids, text_ids, lambda *given: text_ids(given[0], {"prompt": given[1], "response": "b"})):
+        with pytest.raises(
+            ValueError, match="begins with '<s>', and this tokenizer reads a special token.* as letters"
+        ):
+            ask(tokenizer, "<s>[user] a")
+    assert read(tokenizer, text_ids(tokenizer, "a<s>")) == "<s> a < s >"
+
+
+@pytest.mark.parametrize("pad", ["[G]", "</s>"])
+def test_padding_is_no_text(pad: str) -> None:
+    tokenizer = words(("<s>",), ())
+    tokenizer.pad_token = pad
+    number = tokenizer.convert_tokens_to_ids
+    ids, p = [number("<s>"), number("a")], number(pad)
+    for padded in ([p, p, *ids], [*ids, p, p], torch.tensor([[*ids, p, p]])):
+        for ask in (prompt_ids, text_ids, lambda *given: text_ids(given[0], {"prompt": "a", "response": given[1]})):
+            with pytest.raises(ValueError, match=f"padding .token {p}, 2 times.*Tokenize without padding"):
+                ask(tokenizer, padded)
+    if pad == "</s>":  # one end of a text is its own
+        assert text_ids(tokenizer, [*ids, p]) == [*ids, p]
+    else:
+        with pytest.raises(ValueError, match="These ids end with padding"):
+            text_ids(tokenizer, [*ids, p])
+    tokenizer.pad_token = None
+    assert text_ids(tokenizer, [*ids, p, p]) == [*ids, p, p]
+
+
 def test_a_tokenizer_without_a_format_takes_words_as_they_are() -> None:
     tokenizer = words(("<s>",))
     assert not has_template(tokenizer)

@@ -243,6 +243,10 @@ def test_words_of_errors() -> None:
         (TypeError, "two sets", {"train": [("a", "b")]}),
         (TypeError, "is a tuple of two lists", (WARM, COLD)),
         (TypeError, "is a tuple of two lists", (WARM[:2], COLD)),  # which could be two pairs
+        (TypeError, "is a tuple of two Series.*'positive': first", (pd.Series(WARM[:2]), pd.Series(COLD))),
+        (TypeError, "is a tuple of two ndarrays", (pd.Series(WARM[:2]).to_numpy(), pd.Series(COLD).to_numpy())),
+        (TypeError, "is a tuple of two list_iterators", (iter(WARM), iter(COLD))),
+        (TypeError, "of a mapping pass its values", {"positive": dict(enumerate(WARM)), "negative": COLD}),
         (TypeError, "two sets without pairs are", [WARM, COLD]),
         (TypeError, "The negative text 1 must be", {"positive": WARM, "negative": ["Ice", None]}),
         (TypeError, "The positive text 2 must be", {"positive": ["Hot", "Mild", float("nan")], "negative": COLD}),
