@@ -125,6 +125,10 @@ def render(
     **how: Any,  # add_generation_prompt, continue_final_message
 ) -> str | list[int]:  # text, or ids where the format is code
     "A conversation in the tokenizer's chat format."
+    if not isinstance(template, Mapping | None):
+        raise TypeError(
+            f"template= holds arguments of the chat template by name, as {{'enable_thinking': False}}; not {template!r:.80}."
+        )
     if not has_template(tokenizer, template):
         raise ValueError("This tokenizer has no chat template, so it cannot read a conversation; pass strings.")
     if taken := _OURS & set(template or {}):
@@ -132,10 +136,26 @@ def render(
             f"template= holds arguments of the chat template itself, not {', '.join(sorted(taken))}, which prompt_ids has arguments for or sets itself."
         )
     try:
-        return _apply(tokenizer, _respelled(tokenizer, messages, template), template, **how)
+        out = _apply(tokenizer, _respelled(tokenizer, messages, template), template, **how)
     except Exception as error:  # Jinja's, the tokenizer's own, or Python's inside a template
         words = str(error).replace(_MARK, "")
         raise ValueError(f"This tokenizer's chat template refuses the conversation: {words}") from error
+    if isinstance(out, str):
+        _check_asked(messages, out)
+    return out
+
+
+def _check_asked(messages: ChatMessages, text: str) -> None:
+    "Refuse a text in which words of the system or of the user are missing: some templates drop a role."
+    written = "".join(text.split())
+    for message in messages:
+        for words in _parts(message) or () if message["role"] in ("system", "developer", "user") else ():
+            if "".join(words.split()) not in written:
+                raise ValueError(
+                    f"The chat template does not write the {message['role']} message as it stands: "
+                    f"{words.replace(_MARK, ''):.60}. Put its words into another message, or write the text yourself and pass it "
+                    "as a string."
+                )
 
 # %% ../nbs/reference/chats.ipynb #ce411e6f
 def last_text(message: Mapping[str, Any]) -> str | None:  # None: there is none
@@ -170,6 +190,11 @@ def left_open(
         out = render(tokenizer, [*messages[:-1], ending(messages[-1], said + _MARK)], template)
     if not isinstance(out, str):
         return _open_in_code(tokenizer, messages, template, said)
+    if out.count(_MARK) > 1:
+        raise ValueError(
+            f"The chat template writes the last message more than once, so it does not tell where it ends: {said:.60}. Write the "
+            "text yourself, and pass it as a string."
+        )
     text, found, _ = out.rpartition(_MARK)
     if not found or "".join(said.split()) not in "".join(text.split()):
         raise ValueError(

@@ -107,6 +107,10 @@ def id_row(prompt: Any) -> list[int]:
             f"The ids of a prompt are one row of whole numbers, shape (s,) or (1, s); these have shape {tuple(ids.shape)} "
             f"and dtype {ids.dtype}. Ask one prompt at a time: ids[0]."
         )
+    if ids.numel() and int(ids.min()) < 0:
+        raise ValueError(
+            f"Token ids are 0 or more, and these hold {int(ids.min())}. Labels mark places with -100: pass input_ids."
+        )
     return [int(i) for i in ids.reshape(-1).tolist()]
 
 
@@ -300,6 +304,11 @@ def _text_wording(
             for ids in continuation_ids(tokenizer, prompt, response, chat, add_generation_prompt, template)
             for i in ids
         ], ""
+    if chat and isinstance(text, str):
+        raise ValueError(
+            "chat=True puts a record's prompt into the chat template, and a string by itself is read as it stands. Give "
+            "{'prompt': ..., 'response': ...}, or messages: [{'role': 'user', 'content': ...}]."
+        )
     found, special = _wording(tokenizer, text, False, add_generation_prompt, template)
     return found, "text" if special else ""
 

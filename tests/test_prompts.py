@@ -325,6 +325,42 @@ def test_thoughts_that_a_template_drops_are_not_dropped_silently() -> None:
     assert lines(QWEN).decode(text_ids(lines(QWEN), chat)).endswith("<think>so</think>yes")
 
 
+DROPS = LLAMA3.replace("{% for m in messages %}", "{% for m in messages if m.role in ['user', 'assistant'] %}")
+
+
+@pytest.mark.parametrize(
+    "template, asked, role",
+    [
+        (DROPS, [{"role": "system", "content": "Be  short."}, USER], "system"),  # as Phi 3's first template
+        (DROPS, [{"role": "developer", "content": [{"type": "text", "text": "Be short."}]}, USER], "developer"),
+        (LLAMA3.replace("| trim", "| trim | replace('x', 'y')"), [{"role": "user", "content": "ax"}], "user"),
+        (LLAMA3.replace("in messages", "in messages[-2:]"), [{"role": "user", "content": "ax"}, OPEN[1], USER], "user"),
+    ],
+)
+def test_words_of_the_system_and_the_user_are_not_dropped_silently(template: str, asked: Any, role: str) -> None:
+    tokenizer = lines(template)
+    wanted = f"does not write the {role} message as it stands: {'Be +short' if role != 'user' else 'ax'}.*as a string"
+    for ask in (
+        lambda: prompt_ids(tokenizer, asked),
+        lambda: text_ids(tokenizer, [*asked, OPEN[1]]),
+        lambda: text_ids(tokenizer, {"prompt": asked, "response": "b"}),
+        lambda: prompt_ids(tokenizer, asked, add_generation_prompt=False),
+    ):
+        with pytest.raises(ValueError, match=wanted) as error:
+            ask()
+        assert "WHERE" not in str(error.value)
+    assert tokenizer.decode(text_ids(tokenizer, OPEN)).endswith("b c")
+
+
+@pytest.mark.parametrize("more", ["{{ messages[-1].content }}", "[so: {{ messages[-1]['content'] | trim }}]"])
+def test_a_last_message_that_is_written_twice_has_no_one_end(more: str) -> None:
+    for template in (LLAMA3 + more, more + LLAMA3):
+        tokenizer = lines(template)
+        with pytest.raises(ValueError, match="writes the last message more than once.*: b c. Write the text yourself"):
+            text_ids(tokenizer, OPEN)
+        assert "WHERE" not in tokenizer.decode(prompt_ids(tokenizer, [USER])[0])
+
+
 # Contents in parts
 
 
@@ -517,6 +553,20 @@ def test_a_tokenizer_without_a_format_takes_words_as_they_are() -> None:
     for ask in (lambda: prompt_ids(tokenizer, [USER]), lambda: prompt_ids(tokenizer, "a", True)):
         with pytest.raises(ValueError, match="no chat template"):
             ask()
+
+
+def test_what_would_be_passed_over_or_fail_inside_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    for labels in ([-100, 5], torch.tensor([[5, -1]])):
+        for ask in (prompt_ids, text_ids, lambda *given: text_ids(given[0], {"prompt": "a", "response": given[1]})):
+            with pytest.raises(ValueError, match="Token ids are 0 or more, and these hold -1"):
+                ask(tokenizer, labels)
+    for template in ("chatml", ["tools"]):
+        with pytest.raises(TypeError, match="template= holds arguments of the chat template by name"):
+            prompt_ids(tokenizer, [USER], template=template)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="chat=True puts a record's prompt into the chat template"):
+        text_ids(tokenizer, "a", chat=True)
+    assert text_ids(tokenizer, {"prompt": "a", "response": "b"}, chat=True)
 
 
 def test_a_processor_is_told_from_its_tokenizer() -> None:
