@@ -129,6 +129,12 @@ def render(
         raise TypeError(
             f"template= holds arguments of the chat template by name, as {{'enable_thinking': False}}; not {template!r:.80}."
         )
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list | tuple) and not all(isinstance(part, Mapping) for part in content):
+            raise TypeError(
+                f"A message's content is a string or a list of parts, [{{'type': 'text', 'text': ...}}]; not {content!r:.80}."
+            )
     if not has_template(tokenizer, template):
         raise ValueError("This tokenizer has no chat template, so it cannot read a conversation; pass strings.")
     if taken := _OURS & set(template or {}):

@@ -383,6 +383,12 @@ class _Prompts:
                 f"{text.name} is one string, and nothing in a string marks where its prompt ends. Give {_SPELLED}."
             )
         first = shared_start(text.whole, text.other.whole)
+        marked = prompt_length(self.tokenizer, text.other.text, text.other.whole, *self.how)
+        if marked is not None and first < marked:
+            raise ValueError(
+                f"{text.name} is one string, and does not begin with the prompt that is marked in the other of its pair, so nothing "
+                f"marks where its own ends. Give {_SPELLED}."
+            )
         self._check(text, text.whole[first:], text.other.whole[first:])
         return first
 

@@ -564,6 +564,9 @@ def test_what_would_be_passed_over_or_fail_inside_is_refused() -> None:
     for template in ("chatml", ["tools"]):
         with pytest.raises(TypeError, match="template= holds arguments of the chat template by name"):
             prompt_ids(tokenizer, [USER], template=template)  # type: ignore[arg-type]
+    for content in (["a"], ("a", {"type": "text", "text": "b"})):
+        with pytest.raises(TypeError, match="content is a string or a list of parts.*not .*'a'"):
+            prompt_ids(tokenizer, [{"role": "user", "content": content}])
     with pytest.raises(ValueError, match="chat=True puts a record's prompt into the chat template"):
         text_ids(tokenizer, "a", chat=True)
     assert text_ids(tokenizer, {"prompt": "a", "response": "b"}, chat=True)

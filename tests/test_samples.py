@@ -435,6 +435,19 @@ def test_an_average_with_the_first_token_over_unequal_lengths_is_told(read: Toke
         encode_texts(tokenizer, ["ab", "abc"], read=Tokens.all)
 
 
+def test_a_string_beside_a_marked_prompt_begins_with_it_or_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    for marked in ([*ASK, SAD], {"prompt": "Hi?", "response": "No!"}, {"prompt": [1, 45, 78, 15], "response": [70]}):
+        for pair in (("Hi? Yes", marked), (marked, "Yes")):
+            with pytest.raises(
+                ValueError, match="does not begin with the prompt that is marked in the other of its pair"
+            ):
+                encode_samples(tokenizer, [pair], read=Tokens.generated)
+            encode_samples(tokenizer, [pair])
+    assert read_of([(HEADER + "Yes", [*ASK, SAD])]) == [(HEADER + "Yes", HEADER + "No!", "Yes", "No!")]
+    assert read_of([({"prompt": "Hi?", "response": "Yes"}, HEADER + "No!")])[0][2:] == ("Yes", "No!")
+
+
 CUT = {"prompt": "abcdef", "response": "uvwxyz"}
 
 

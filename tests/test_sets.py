@@ -261,6 +261,18 @@ def test_words_of_errors() -> None:
         train_steering_vector(model, tokenizer, SETS, read=Tokens.generated)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_rounding_is_no_direction(kind: str) -> None:
+    "Means over unequally many equal activations differ in their last digits."
+    model, tokenizer = tiny_model(kind), tiny_tokenizer()
+    sets = {"positive": WARM * 3, "negative": COLD}
+    for read in ({"read_token_index": 3}, {"read": {"early": 3}}, {"read": {"late": -1, "early": lambda text: 2}}):
+        with pytest.raises(ValueError, match="both sides read the same, so there is no direction"):
+            train_steering_vector(model, tokenizer, sets, **read)  # type: ignore[call-overload]
+    close_by = {"positive": [HEAD + "Warm"], "negative": [HEAD + "Warn"]}
+    assert all(v.any() for v in train_steering_vector(model, tokenizer, close_by).layer_activations.values())
+
+
 def test_pairs_are_what_they_were() -> None:
     "Mappings in a list are pairs, and give the same numbers to the last bit as tuples do."
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
