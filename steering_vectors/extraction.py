@@ -564,10 +564,11 @@ def rows_of(
 
 def _check_tuple(samples: Any) -> None:
     "Refuse (positive, negative) where it could be two sets, or two pairs."
-    if isinstance(samples, tuple) and len(samples) == 2 and all(isinstance(texts, list) for texts in samples):
+    rows = (str, tuple, Mapping, SteeringVectorTrainingSample)
+    if isinstance(samples, tuple) and len(samples) == 2 and not any(isinstance(texts, rows) for texts in samples):
         raise TypeError(
-            "training_samples is a tuple of two lists. Two sets of texts are {'positive': first, 'negative': second}; pairs are "
-            "list(zip(first, second)); one pair of conversations is [(first, second)]."
+            f"training_samples is a tuple of two {type(samples[0]).__name__}s. Two sets of texts are "
+            "{'positive': first, 'negative': second}; pairs are list(zip(first, second)); one pair of conversations is [(first, second)]."
         )
 
 # %% ../nbs/reference/extraction.ipynb #bf9aacb1

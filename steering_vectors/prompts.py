@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prompt', 'Text', 'check_tokenizer', 'added_tokens', 'id_row', 'prompt_ids', 'continuation_ids', 'as_record',
-           'encoded_texts', 'texts_ids', 'text_ids', 'prompt_length', 'shared_start']
+           'encoded_texts', 'texts_ids', 'text_ids', 'prompt_length']
 
 # %% ../nbs/reference/prompts.ipynb #dc22fc56
 import warnings
@@ -18,14 +18,17 @@ from .chats import ChatMessages as ChatMessages
 from .chats import Template as Template
 from steering_vectors.chats import (
     bare_ids,
+    check_written,
     ending,
     is_jinja,
     last_text,
     left_open,
     render,
+    special_strings,
     wants_template,
 )
 from .chats import is_messages as is_messages
+from .chats import shared_start as shared_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +86,7 @@ def _wording(
             return prompt, True
         prompt = [{"role": "user", "content": prompt}]
     if not is_messages(prompt):
-        return id_row(prompt), False
+        return _unpadded(tokenizer, id_row(prompt)), False
     answered = prompt[-1].get("role") != "assistant" if add_generation_prompt is None else add_generation_prompt
     if answered:
         return render(tokenizer, prompt, template, add_generation_prompt=True), False
@@ -104,7 +107,25 @@ def id_row(prompt: Any) -> list[int]:
             f"The ids of a prompt are one row of whole numbers, shape (s,) or (1, s); these have shape {tuple(ids.shape)} "
             f"and dtype {ids.dtype}. Ask one prompt at a time: ids[0]."
         )
+    if ids.numel() and int(ids.min()) < 0:
+        raise ValueError(
+            f"Token ids are 0 or more, and these hold {int(ids.min())}. Labels mark places with -100: pass input_ids."
+        )
     return [int(i) for i in ids.reshape(-1).tolist()]
+
+
+def _unpadded(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
+    "Refuse ids with padding at an end: it would be read as if it were text."
+    pad, *others = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "unk"))
+    own = 1 if pad in others else 0  # one may be a token of the text's own
+    for end, row in (("begin", ids), ("end", ids[::-1])):
+        n = next((i for i, token in enumerate(row) if token != pad), len(row))
+        if n > own:
+            raise ValueError(
+                f"These ids {end} with padding (token {pad}, {n} times), which would be read as text. Tokenize without padding, or "
+                "keep the ids where attention_mask is 1."
+            )
+    return ids
 
 # %% ../nbs/reference/prompts.ipynb #5009f3a2
 def prompt_ids(
@@ -142,7 +163,7 @@ def continuation_ids(
     text, special = _wording(tokenizer, prompt, chat, add_generation_prompt, template)
     asked = _prompt_row(tokenizer, text, special)
     if not isinstance(completion, str):
-        written: list[int] | None = id_row(completion)
+        written: list[int] | None = _unpadded(tokenizer, id_row(completion))
     elif isinstance(text, str):
         written = _added(tokenizer, text, asked, completion, special)
         if written is None:
@@ -233,6 +254,7 @@ def encoded_texts(
     | None = None,  # open an answer after a conversation; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template
     chat: bool | None = None,  # put a record's prompt into the chat template; None: where there is one
+    names: Sequence[str] = (),  # of each text, for error messages
 ) -> list[tuple[list[int], int]]:  # ids, and how many start tokens the tokenizer would have put in front of them
     "The ids of many texts, tokenized in one call."
     check_tokenizer(tokenizer)
@@ -244,8 +266,16 @@ def encoded_texts(
             stacklevel=2,
         )
     start, end = added_tokens(tokenizer)
-    found = [_text_wording(tokenizer, text, add_generation_prompt, template, chat) for text in texts]
+    found = []
+    for i, text in enumerate(texts):
+        try:
+            found.append(_text_wording(tokenizer, text, add_generation_prompt, template, chat))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{names[i]}: {error}" if names else str(error)) from error
     words = [text for text, _ in found if isinstance(text, str)]
+    specials = special_strings(tokenizer)
+    for text in words:
+        check_written(tokenizer, text, specials)
     bare = iter(tokenizer(words, add_special_tokens=False)["input_ids"] if words else [])
     encoded = []
     for text, special in found:
@@ -274,6 +304,11 @@ def _text_wording(
             for ids in continuation_ids(tokenizer, prompt, response, chat, add_generation_prompt, template)
             for i in ids
         ], ""
+    if chat and isinstance(text, str):
+        raise ValueError(
+            "chat=True puts a record's prompt into the chat template, and a string by itself is read as it stands. Give "
+            "{'prompt': ..., 'response': ...}, or messages: [{'role': 'user', 'content': ...}]."
+        )
     found, special = _wording(tokenizer, text, False, add_generation_prompt, template)
     return found, "text" if special else ""
 
@@ -335,8 +370,3 @@ def _closed(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, templa
     except ValueError:  # some refuse a closed turn of the assistant
         out = render(tokenizer, messages, template, continue_final_message=True)
     return bare_ids(tokenizer, out) if isinstance(out, str) else out
-
-
-def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
-    "How many ids both begin with."
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

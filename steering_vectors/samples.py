@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from .chats import chat_openings, special_strings
+from .chats import chat_openings, last_text, special_strings
 from steering_vectors.prompts import (
     Template,
     Text,
@@ -62,10 +62,10 @@ def as_text(
                 return as_text(text[whole], name)
         asked, said = ([key for key in keys if key in text] for keys in (_PROMPTS, _RESPONSES))
         if len(asked) == len(said) == 1:
-            return _answered(text[asked[0]], text[said[0]])
+            return _checked(_answered(text[asked[0]], text[said[0]], name), name)
         raise TypeError(
             f"{name} must have one prompt and one response, as {{'prompt': ..., 'response': ...}}, or be a string or a list "
-            f"of messages; it is a mapping with the keys {', '.join(map(repr, text))}."
+            f"of messages; it is a mapping with the keys {', '.join(map(repr, text))}. Of a tokenizer's output, pass input_ids."
         )
     if isinstance(text, str):
         return text
@@ -81,26 +81,47 @@ def as_text(
 
 
 def _listed(value: Any) -> Any:
-    "Lists for the arrays of objects that tables hold lists of messages in."
-    return value.tolist() if str(getattr(value, "dtype", "")) == "object" else value
+    "Lists for arrays of strings or objects, such as tables hold."
+    return value.tolist() if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "U", "T") else value
 
 
 def _answered(
     prompt: Any,  # words, messages, ids; None: `answer` is a text of its own
     answer: Any,  # words; a message or several, with or without the prompt's own before them; or a record
+    name: str = "This text",  # begins the error message
 ) -> Text:
     "The text of a prompt and its answer."
-    prompt, answer = _listed(prompt), _listed(answer)
-    if isinstance(answer, Mapping) and "role" in answer:
-        answer = [answer]
+    prompt, answer = (_message_list(_listed(value)) for value in (prompt, answer))
     if prompt is None or isinstance(answer, Mapping):
         return answer  # type: ignore[no-any-return]  # a text of its own
     if not is_messages(answer):
         return {"prompt": prompt, "response": answer}
-    before = list(prompt) if is_messages(prompt) else [{"role": "user", "content": prompt}]
-    if list(answer[: len(before)]) == before or answer[0].get("role") != "assistant":
+    before = list(prompt) if is_messages(prompt) else [{"role": "user", "content": prompt}] if prompt else []
+    if all(message in answer for message in before):
         return answer  # the whole conversation
-    return [*before, *answer]
+    if answer[0].get("role") == "assistant" or before[-1].get("role") != "user":
+        return [*before, *answer]
+    raise ValueError(
+        f"{name} has a prompt, and a conversation that begins with another message than the assistant's and does not hold that "
+        "prompt. Leave the prompt out if the conversation is whole; or keep of it what comes after the prompt."
+    )
+
+
+def _message_list(value: Any) -> Any:
+    return [value] if isinstance(value, Mapping) and "role" in value else value
+
+
+def _checked(text: Text, name: str) -> Text:
+    "A record whose prompt and response can be read, or an error that names what cannot."
+    for part, value in text.items() if isinstance(text, Mapping) else ():
+        if not (isinstance(value, str) or (part == "prompt" and is_messages(value))):
+            try:
+                id_row(value)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"{name} has a {part} that is neither words nor messages nor ids: {value!r:.80}."
+                ) from None
+    return text
 
 # %% ../nbs/reference/samples.ipynb #9084b3f4
 _SIDES = (("positive", "negative"), ("positive_str", "negative_str"), ("chosen", "rejected"))
@@ -111,6 +132,7 @@ def as_sample(
     name: str = "A training sample",  # begins the error message
 ) -> SteeringVectorTrainingSample:
     "The sample that `sample` spells."
+    sample = _listed(sample)
     if isinstance(sample, SteeringVectorTrainingSample):
         return sample
     if isinstance(sample, Mapping):
@@ -134,18 +156,27 @@ def _from_table(value: Any) -> Any:
     return None if value != value else int(value) if value.is_integer() else value
 
 
+def _said(text: Any) -> str:
+    "All words of a text, or of a conversation's contents."
+    return "\n".join(last_text(message) or "" for message in text) if is_messages(text) else str(text or "")
+
+
 def _both(row: Mapping[str, Any], pos: str, neg: str, name: str) -> tuple[Text, Text]:
     "Both texts of a row, which may have its prompt in a column of its own."
     prompt, texts = _from_table(row.get("prompt")), (row[pos], row[neg])
     strings = all(isinstance(text, str) for text in texts)
-    if pos == "chosen" and prompt is None and strings and (asked := {"question", "instruction", "input"} & set(row)):
-        raise TypeError(f"{name} has a {asked.pop()!r} and answers to it: call that column 'prompt'.")
+    asked = ("question", "instruction", "input", "query") if prompt is None else ()
+    for key in (*asked, *(() if is_messages(prompt) else ("system",))):
+        words = row.get(key)
+        if isinstance(words, str) and any(words.strip() not in _said(prompt) + _said(text) for text in texts):
+            how = "call that column 'prompt'" if key in asked else "make it the first message of the prompt"
+            raise TypeError(f"{name} has a {key!r} that its texts do not hold: {how}, or leave it out.")
     if strings and isinstance(prompt, str) and len(prompt.split()) > 2 and all(prompt in text for text in texts):
         raise ValueError(
             f"{name} has a prompt that stands in its {pos} and its {neg} text too. Leave the column 'prompt' out if those are "
             f"whole texts; take it off them if they are answers."
         )
-    return _answered(prompt, texts[0]), _answered(prompt, texts[1])
+    return _answered(prompt, texts[0], name), _answered(prompt, texts[1], name)
 
 
 TrainingSample = SteeringVectorTrainingSample | tuple[Text, Text] | Mapping[str, Any]
@@ -162,7 +193,8 @@ def as_sets(
             for key in (pos, neg):
                 if isinstance(samples[key], str | Mapping) or is_messages(samples[key]):
                     raise TypeError(
-                        f"{key!r} is one text where a list of them is wanted. One sample is a list of one: [sample]."
+                        f"{key!r} is one text where a list of them is wanted. One sample is a list of one: [sample]; of a mapping "
+                        "pass its values, of a tokenizer's output its input_ids."
                     )
             return samples[pos], samples[neg]
     return None
@@ -176,6 +208,8 @@ def as_rows(
         raise TypeError(
             f"Training samples are a list or another iterable of pairs; got {samples!r:.80}. One sample is a list of one."
         )
+    if callable(getattr(samples, "collect", None)):  # polars, before it is computed
+        samples = samples.collect()
     if callable(getattr(samples, "iter_rows", None)):  # polars
         return list(samples.iter_rows(named=True))
     if callable(getattr(samples, "to_pylist", None)):  # pyarrow
@@ -183,7 +217,8 @@ def as_rows(
     if hasattr(samples, "columns") and callable(getattr(samples, "to_dict", None)):  # pandas
         return list(samples.to_dict("records"))
     if not isinstance(samples, Mapping):
-        return samples  # type: ignore[no-any-return]
+        plain = getattr(samples, "with_format", None)  # datasets, whose rows may be set to come as tables
+        return plain(None) if callable(plain) else samples  # type: ignore[no-any-return]
     if {"chosen", "rejected"} <= set(samples):
         keys = [key for key in ("prompt", "chosen", "rejected") if key in samples]
         return [dict(zip(keys, row, strict=True)) for row in zip(*(samples[key] for key in keys), strict=True)]
@@ -297,21 +332,33 @@ class Tokenized:
     ) -> list[int]:
         "The positions to read."
         if self.own is None and read is not None:
-            return selected_positions(read, self.ids, self.prompt if read.needs_prompt else 0, self.name)
+            found = selected_positions(read, self.ids, self.prompt if read.needs_prompt else 0, self.name)
+            if read.needs_prompt and len(self.ids) < len(self.whole):
+                self._check_cut(read, found)
+            return found
         index = self.own
         if index is None:
             index = read_token_index(self.text) if callable(read_token_index) else read_token_index
         return [read_position(_own_number(index, self.dropped, self.name), len(self.ids), self.name)]
 
+    def _check_cut(self, read: Tokens, found: list[int]) -> None:
+        "Refuse places that are others than in the whole text, since prompt or response has lost the end they count from."
+        wanted = [i - self.lost for i in _positions(read, self.whole, self.prompts.length(self))]
+        if [i for i in wanted if 0 <= i < len(self.ids)] != found:
+            raise ValueError(
+                f"{self.name} is cut to {len(self.ids)} of {len(self.whole)} tokens, and {read!r} counts from an end that was cut "
+                "off. Cut the other end, shorten the text, or leave the sample out."
+            )
+
 
 def _own_number(index: Any, dropped: int, name: str) -> int:
     "The place `index` among the ids that are left when `dropped` start tokens are gone."
     try:
-        number = operator.index(index)
+        number = None if isinstance(index, bool) else operator.index(index)
     except TypeError:
-        raise TypeError(
-            f"{name} is read at a whole number, or where a function of the text says; not {index!r}."
-        ) from None
+        number = None
+    if number is None:
+        raise TypeError(f"{name} is read at a whole number, or where a function of the text says; not {index!r}.")
     return number - dropped if number >= dropped else number
 
 # %% ../nbs/reference/samples.ipynb #072b8d58
@@ -336,6 +383,12 @@ class _Prompts:
                 f"{text.name} is one string, and nothing in a string marks where its prompt ends. Give {_SPELLED}."
             )
         first = shared_start(text.whole, text.other.whole)
+        marked = prompt_length(self.tokenizer, text.other.text, text.other.whole, *self.how)
+        if marked is not None and first < marked:
+            raise ValueError(
+                f"{text.name} is one string, and does not begin with the prompt that is marked in the other of its pair, so nothing "
+                f"marks where its own ends. Give {_SPELLED}."
+            )
         self._check(text, text.whole[first:], text.other.whole[first:])
         return first
 
@@ -379,7 +432,7 @@ def tokenize_texts(
     texts = [as_text(text, name) for text, name in zip(texts, names, strict=True)]
     how = (add_generation_prompt, template, chat)
     prompts, made = _Prompts(tokenizer, *how), []
-    for i, (whole, dropped) in enumerate(encoded_texts(tokenizer, texts, *how)):
+    for i, (whole, dropped) in enumerate(encoded_texts(tokenizer, texts, *how, names=names)):
         ids = fit(whole, max_length, truncation, names[i])
         lost = len(whole) - len(ids) if truncation == "left" else 0
         made.append(Tokenized(texts[i], names[i], whole, ids, lost, dropped, own[i] if own else None, prompts))

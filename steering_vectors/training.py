@@ -151,7 +151,7 @@ def directions(
         vectors = _aggregated(
             [part for part, _ in everyone], aggregator, dict.fromkeys(norms, "cpu") if move_to_cpu else home
         )
-        found[name] = Found(_not_all_zero(vectors, name), norms)
+        found[name] = Found(_not_all_zero(vectors, norms, name), norms)
     return found, seen
 
 
@@ -167,9 +167,9 @@ def _aggregated(parts: list[Any], aggregator: Aggregator, home: Mapping[int, Any
     return found
 
 
-def _not_all_zero(found: dict[int, Tensor], name: str) -> dict[int, Tensor]:
-    "Refuse directions none of which is one."
-    if found and not any(bool(v.any()) for v in found.values()):
+def _not_all_zero(found: dict[int, Tensor], norms: Mapping[int, float], name: str) -> dict[int, Tensor]:
+    "Refuse directions none of which is more than rounding of the activations."
+    if found and not any(float(v.float().norm()) > 1e-6 * norms[n] for n, v in found.items()):
         what = f"read={{{name!r}: ...}}: " if name else ""
         raise ValueError(
             f"{what}Layer{'s' * (len(found) > 1)} {_spans(found)}: both sides read the same, so there is no direction. Is the "

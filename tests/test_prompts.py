@@ -325,6 +325,42 @@ def test_thoughts_that_a_template_drops_are_not_dropped_silently() -> None:
     assert lines(QWEN).decode(text_ids(lines(QWEN), chat)).endswith("<think>so</think>yes")
 
 
+DROPS = LLAMA3.replace("{% for m in messages %}", "{% for m in messages if m.role in ['user', 'assistant'] %}")
+
+
+@pytest.mark.parametrize(
+    "template, asked, role",
+    [
+        (DROPS, [{"role": "system", "content": "Be  short."}, USER], "system"),  # as Phi 3's first template
+        (DROPS, [{"role": "developer", "content": [{"type": "text", "text": "Be short."}]}, USER], "developer"),
+        (LLAMA3.replace("| trim", "| trim | replace('x', 'y')"), [{"role": "user", "content": "ax"}], "user"),
+        (LLAMA3.replace("in messages", "in messages[-2:]"), [{"role": "user", "content": "ax"}, OPEN[1], USER], "user"),
+    ],
+)
+def test_words_of_the_system_and_the_user_are_not_dropped_silently(template: str, asked: Any, role: str) -> None:
+    tokenizer = lines(template)
+    wanted = f"does not write the {role} message as it stands: {'Be +short' if role != 'user' else 'ax'}.*as a string"
+    for ask in (
+        lambda: prompt_ids(tokenizer, asked),
+        lambda: text_ids(tokenizer, [*asked, OPEN[1]]),
+        lambda: text_ids(tokenizer, {"prompt": asked, "response": "b"}),
+        lambda: prompt_ids(tokenizer, asked, add_generation_prompt=False),
+    ):
+        with pytest.raises(ValueError, match=wanted) as error:
+            ask()
+        assert "WHERE" not in str(error.value)
+    assert tokenizer.decode(text_ids(tokenizer, OPEN)).endswith("b c")
+
+
+@pytest.mark.parametrize("more", ["{{ messages[-1].content }}", "[so: {{ messages[-1]['content'] | trim }}]"])
+def test_a_last_message_that_is_written_twice_has_no_one_end(more: str) -> None:
+    for template in (LLAMA3 + more, more + LLAMA3):
+        tokenizer = lines(template)
+        with pytest.raises(ValueError, match="writes the last message more than once.*: b c. Write the text yourself"):
+            text_ids(tokenizer, OPEN)
+        assert "WHERE" not in tokenizer.decode(prompt_ids(tokenizer, [USER])[0])
+
+
 # Contents in parts
 
 
@@ -424,6 +460,92 @@ def test_a_chat_format_in_code_is_a_chat_format(kind: type) -> None:
     assert text_ids(tokenizer, inside) == text_ids(tokenizer, OPEN)
 
 
+class Backend:
+    "As `MistralCommonBackend`: a method in place of a property, pieces in place of words, no answer without words."
+
+    def __init__(self) -> None:
+        self.own, self.chat_template = words(("<s>",), ()), None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def __call__(self, *args: Any, **how: Any) -> Any:
+        return self.own(*args, **how)
+
+    def added_tokens_decoder(self) -> None:
+        raise NotImplementedError
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        mark = " " if skip_special_tokens else "▁"
+        return mark.join(self.own.convert_ids_to_tokens([i for i in ids if i > 2 or not skip_special_tokens]))
+
+    def apply_chat_template(self, conversation: Any, continue_final_message: bool = False, **rest: Any) -> Any:
+        last = conversation[-1]
+        if last["role"] == "assistant" and not (continue_final_message and last["content"]):
+            raise RuntimeError("expected the user")
+        turns = [f"{m['role']} : {m['content']} :" if m["role"] == "user" else m["content"] for m in conversation]
+        return self(" ".join(["<s>", *turns]), add_special_tokens=False)
+
+
+def test_a_backend_that_lacks_what_others_have() -> None:
+    tokenizer: Any = Backend()
+    header = "<s> user : a c :"
+    chat = [{"role": "user", "content": "a c"}, {"role": "assistant", "content": "b c"}]
+    empty = [chat[0], {"role": "assistant", "content": ""}]
+    for prompt in ("a c", chat[:1], empty, "<s> user : a c :"):
+        assert read(tokenizer, prompt_ids(tokenizer, prompt)) == header
+    assert read(tokenizer, text_ids(tokenizer, chat)) == header + " b c"
+    assert prompt_length(tokenizer, chat, text_ids(tokenizer, chat)) == len(header.split())
+    assert read(tokenizer, prompt_ids(tokenizer, chat[:1], add_generation_prompt=False)) == "<s> user : a c"
+    assert text_ids(tokenizer, {"prompt": "a c", "response": "b c"}) == text_ids(tokenizer, chat)
+    with pytest.raises(ValueError, match="expected the user"):
+        text_ids(tokenizer, chat, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("said", ["b", "a", "0", "b c b", "b </s>", "c : b"])
+def test_closing_tokens_are_cut_off_by_what_other_words_end_with_too(said: str) -> None:
+    tokenizer = words(("<s>",), (), None, Ignores)
+    chat = [USER, {"role": "assistant", "content": said}]
+    wanted = "<s> user : a </s> assistant : " + said.replace("0", "[UNK]")
+    if "0" in said:
+        with pytest.raises(ValueError, match="does not write the last message as it stands: 0"):
+            text_ids(tokenizer, chat)
+    else:
+        assert read(tokenizer, text_ids(tokenizer, chat)) == wanted
+
+
+def test_a_special_token_that_is_read_as_letters_begins_no_chat() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = [read(tokenizer, prompt_ids(tokenizer, "<s>[user] a")), read(tokenizer, text_ids(tokenizer, "<s>a"))]
+    assert texts[0].split()[:2] == ["<s>", "["] and texts[1] == "<s> a"
+    tokenizer.split_special_tokens = True
+    for ask in (prompt_ids, text_ids, lambda *given: text_ids(given[0], {"prompt": given[1], "response": "b"})):
+        with pytest.raises(
+            ValueError, match="begins with '<s>', and this tokenizer reads a special token.* as letters"
+        ):
+            ask(tokenizer, "<s>[user] a")
+    assert read(tokenizer, text_ids(tokenizer, "a<s>")) == "<s> a < s >"
+
+
+@pytest.mark.parametrize("pad", ["[G]", "</s>"])
+def test_padding_is_no_text(pad: str) -> None:
+    tokenizer = words(("<s>",), ())
+    tokenizer.pad_token = pad
+    number = tokenizer.convert_tokens_to_ids
+    ids, p = [number("<s>"), number("a")], number(pad)
+    for padded in ([p, p, *ids], [*ids, p, p], torch.tensor([[*ids, p, p]])):
+        for ask in (prompt_ids, text_ids, lambda *given: text_ids(given[0], {"prompt": "a", "response": given[1]})):
+            with pytest.raises(ValueError, match=f"padding .token {p}, 2 times.*Tokenize without padding"):
+                ask(tokenizer, padded)
+    if pad == "</s>":  # one end of a text is its own
+        assert text_ids(tokenizer, [*ids, p]) == [*ids, p]
+    else:
+        with pytest.raises(ValueError, match="These ids end with padding"):
+            text_ids(tokenizer, [*ids, p])
+    tokenizer.pad_token = None
+    assert text_ids(tokenizer, [*ids, p, p]) == [*ids, p, p]
+
+
 def test_a_tokenizer_without_a_format_takes_words_as_they_are() -> None:
     tokenizer = words(("<s>",))
     assert not has_template(tokenizer)
@@ -431,6 +553,23 @@ def test_a_tokenizer_without_a_format_takes_words_as_they_are() -> None:
     for ask in (lambda: prompt_ids(tokenizer, [USER]), lambda: prompt_ids(tokenizer, "a", True)):
         with pytest.raises(ValueError, match="no chat template"):
             ask()
+
+
+def test_what_would_be_passed_over_or_fail_inside_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    for labels in ([-100, 5], torch.tensor([[5, -1]])):
+        for ask in (prompt_ids, text_ids, lambda *given: text_ids(given[0], {"prompt": "a", "response": given[1]})):
+            with pytest.raises(ValueError, match="Token ids are 0 or more, and these hold -1"):
+                ask(tokenizer, labels)
+    for template in ("chatml", ["tools"]):
+        with pytest.raises(TypeError, match="template= holds arguments of the chat template by name"):
+            prompt_ids(tokenizer, [USER], template=template)  # type: ignore[arg-type]
+    for content in (["a"], ("a", {"type": "text", "text": "b"})):
+        with pytest.raises(TypeError, match="content is a string or a list of parts.*not .*'a'"):
+            prompt_ids(tokenizer, [{"role": "user", "content": content}])
+    with pytest.raises(ValueError, match="chat=True puts a record's prompt into the chat template"):
+        text_ids(tokenizer, "a", chat=True)
+    assert text_ids(tokenizer, {"prompt": "a", "response": "b"}, chat=True)
 
 
 def test_a_processor_is_told_from_its_tokenizer() -> None:

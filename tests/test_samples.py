@@ -158,6 +158,9 @@ def read_of(rows: Any, tokenizer: Any = None, **how: Any) -> list[tuple[str, str
         ({"prompt": "Hi?", "response": "Yes"}, {"prompt": "Hi?", "response": "No!"}),
         ({"prompt": HEADER, "response": "Yes"}, {"prompt": HEADER.removeprefix("<s>"), "response": "No!"}),
         ({"prompt": "Hi?", "response": "Yes"}, [*ASK, SAD]),
+        {"prompt": ASK[0], "chosen": "Yes", "rejected": "No!"},
+        {"question": "Hi?", "chosen": [*ASK, GLAD], "rejected": [*ASK, SAD]},
+        {"query": "", "prompt": "Hi?", "system": None, "chosen": "Yes", "rejected": "No!"},
         Sample({"prompt": "Hi?", "response": "Yes"}, [*ASK, SAD]),
     ],
 )
@@ -165,6 +168,21 @@ def test_prompts_with_answers_in_the_spellings_people_have(row: Any) -> None:
     before = copy.deepcopy(row)
     assert read_of([row]) == [(HEADER + "Yes", HEADER + "No!", "Yes", "No!")]
     assert row == before
+
+
+def test_a_conversation_after_a_prompt_that_it_does_not_hold_goes_on_with_it() -> None:
+    system = {"role": "system", "content": "Be short."}
+    before = "<s>[system] Be short.</s>" + HEADER.removeprefix("<s>")
+    for row in (
+        {"prompt": [system], "chosen": [*ASK, GLAD], "rejected": [*ASK, SAD]},
+        {"prompt": [system, *ASK], "chosen": [GLAD], "rejected": [SAD]},
+        {"prompt": "Hi?", "chosen": [system, *ASK, GLAD], "rejected": [system, *ASK, SAD]},
+        {"prompt": ASK, "chosen": [system, *ASK, GLAD], "rejected": [system, *ASK, SAD]},
+        {"system": "Be short.", "prompt": "Hi?", "chosen": [system, *ASK, GLAD], "rejected": [system, *ASK, SAD]},
+    ):
+        assert read_of([row]) == [(before + "Yes", before + "No!", "Yes", "No!")]
+    row = {"prompt": [*ASK, GLAD], "chosen": [*ASK[:0], {"role": "user", "content": "So?"}, SAD], "rejected": "x"}
+    assert read_of([row])[0][0] == HEADER + "Yes</s>[user] So?</s>[assistant] No!"
 
 
 def test_a_record_without_a_template_is_what_both_write_together() -> None:
@@ -182,6 +200,16 @@ def test_a_record_without_a_template_is_what_both_write_together() -> None:
     "row, words",
     [
         ({"question": "Hi?", "chosen": "Yes", "rejected": "No!"}, "call that column 'prompt'"),
+        ({"question": "Hi?", "positive": "Yes", "negative": "No!"}, "'question' that its texts do not hold.*call that column 'prompt'"),
+        ({"query": "Hi?", "chosen": [GLAD], "rejected": [SAD]}, "call that column 'prompt'"),
+        ({"system": "Be short.", "prompt": "Hi?", "chosen": "Yes", "rejected": "No!"}, "make it the first message of the prompt"),
+        ({"prompt": "Be short.", "chosen": [*ASK, GLAD], "rejected": [*ASK, SAD]}, "does not hold that prompt"),
+        ({"prompt": ASK, "chosen": [{"role": "user", "content": "Ho?"}, GLAD], "rejected": [SAD]}, "does not hold that prompt"),
+        ({"prompt": "Hi?", "chosen": None, "rejected": "No!"}, "positive text of sample 0 has a response that is neither.*None"),
+        ({"prompt": 5, "chosen": "Yes", "rejected": "No!"}, "positive text of sample 0 has a prompt that is neither.*: 5"),
+        (("a", [*ASK, {"role": "assistant", "content": None}]), "^The negative text of sample 0: The last message does not end with"),
+        ({"positive": tiny_tokenizer()("a"), "negative": "b"}, "keys 'input_ids'.*Of a tokenizer's output, pass input_ids"),
+        (("a", [1, 5, 0]), "^The negative text of sample 0: These ids end with padding"),
         ({"instruction": "Hi?", "chosen": "Yes", "rejected": "No!"}, "call that column 'prompt'"),
         ({"prompt": "How are you?", "chosen": "How are you? Fine", "rejected": "How are you? Bad"}, "Leave the column 'prompt' out"),
         ({"prompt": "How are you?", "positive": "<s>[user] How are you?", "negative": "How are you?"}, "take it off them"),
@@ -405,6 +433,80 @@ def test_an_average_with_the_first_token_over_unequal_lengths_is_told(read: Toke
         encode_samples(tokenizer, uneven)
     with pytest.warns(UserWarning, match="made by length"):
         encode_texts(tokenizer, ["ab", "abc"], read=Tokens.all)
+
+
+def test_a_string_beside_a_marked_prompt_begins_with_it_or_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    for marked in ([*ASK, SAD], {"prompt": "Hi?", "response": "No!"}, {"prompt": [1, 45, 78, 15], "response": [70]}):
+        for pair in (("Hi? Yes", marked), (marked, "Yes")):
+            with pytest.raises(
+                ValueError, match="does not begin with the prompt that is marked in the other of its pair"
+            ):
+                encode_samples(tokenizer, [pair], read=Tokens.generated)
+            encode_samples(tokenizer, [pair])
+    assert read_of([(HEADER + "Yes", [*ASK, SAD])]) == [(HEADER + "Yes", HEADER + "No!", "Yes", "No!")]
+    assert read_of([({"prompt": "Hi?", "response": "Yes"}, HEADER + "No!")])[0][2:] == ("Yes", "No!")
+
+
+CUT = {"prompt": "abcdef", "response": "uvwxyz"}
+
+
+@pytest.mark.parametrize(
+    "read, side, length, wanted",
+    [
+        (Tokens.generated, "left", 4, "wxyz"),
+        (Tokens.response, "left", 4, "wxyz"),
+        (Tokens.generated, "right", 10, "uvw"),
+        (Tokens.prompt[-2:], "left", 9, "ef"),
+        (Tokens.prompt[:2], "right", 4, "<s>a"),
+        (Tokens.generated[:2], "right", 10, "uv"),
+        (Tokens.all[1:], "left", 4, "xyz"),  # what is left is counted, and its first token stays out
+        (Tokens.prompt[:2], "left", 9, None),
+        (Tokens.generated[:2], "left", 4, None),
+        (Tokens.prompt[-2:], "right", 4, None),
+        (Tokens.response, "right", 4, None),
+        (Tokens.prompt[0] | Tokens.generated, "left", 9, None),
+    ],
+)
+def test_what_is_counted_from_an_end_that_was_cut_off_is_refused(
+    read: Tokens, side: Any, length: int, wanted: str | None
+) -> None:
+    tokenizer = tiny_tokenizer()
+
+    def ask() -> str:
+        how: Any = {"chat": False, "max_length": length, "truncation": side}
+        (pair,) = encode_samples(tokenizer, [(CUT, CUT)], read=read, **how)
+        assert pair.positive == pair.negative
+        return tokenizer.decode([pair.positive.ids[i] for i in pair.positive.read])
+
+    if wanted is not None:
+        assert ask() == wanted
+    else:
+        with pytest.raises(
+            ValueError, match=rf"sample 0 is cut to {length} of 13 tokens, and .* an end that was cut off"
+        ):
+            ask()
+
+
+@pytest.mark.parametrize("index", [True, False, lambda text: True])
+def test_truth_is_no_place(index: Any) -> None:
+    with pytest.raises(TypeError, match="is read at a whole number"):
+        encode_samples(tiny_tokenizer(), [("ab", "ac")], index)
+
+
+def test_arrays_and_tables_of_other_makes() -> None:
+    np, datasets = pytest.importorskip("numpy"), pytest.importorskip("datasets")
+    tokenizer, pairs = tiny_tokenizer(), [("joy", "woe"), ("yes", "no")]
+    wanted = encode_samples(tokenizer, pairs)
+    table = datasets.Dataset.from_dict({"positive": ["joy", "yes"], "negative": ["woe", "no"]})
+
+    class Lazy:
+        def collect(self) -> Any:
+            return Polars([{"positive": a, "negative": b} for a, b in pairs])
+
+    arrays: list[Any] = [np.array(pairs), np.array(pairs, dtype=object), [np.array(pair) for pair in pairs], Lazy()]
+    for given in [*arrays, *(table.with_format(name) for name in (None, "numpy", "pandas", "arrow", "torch"))]:
+        assert encode_samples(tokenizer, given) == wanted
 
 
 def test_pairs_of_ids_are_read_like_strings() -> None:

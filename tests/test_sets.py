@@ -243,6 +243,10 @@ def test_words_of_errors() -> None:
         (TypeError, "two sets", {"train": [("a", "b")]}),
         (TypeError, "is a tuple of two lists", (WARM, COLD)),
         (TypeError, "is a tuple of two lists", (WARM[:2], COLD)),  # which could be two pairs
+        (TypeError, "is a tuple of two Series.*'positive': first", (pd.Series(WARM[:2]), pd.Series(COLD))),
+        (TypeError, "is a tuple of two ndarrays", (pd.Series(WARM[:2]).to_numpy(), pd.Series(COLD).to_numpy())),
+        (TypeError, "is a tuple of two list_iterators", (iter(WARM), iter(COLD))),
+        (TypeError, "of a mapping pass its values", {"positive": dict(enumerate(WARM)), "negative": COLD}),
         (TypeError, "two sets without pairs are", [WARM, COLD]),
         (TypeError, "The negative text 1 must be", {"positive": WARM, "negative": ["Ice", None]}),
         (TypeError, "The positive text 2 must be", {"positive": ["Hot", "Mild", float("nan")], "negative": COLD}),
@@ -255,6 +259,18 @@ def test_words_of_errors() -> None:
         train_steering_vector(model, tokenizer, {"positive": WARM, "negative": [COLD[0], "Ice"]}, read_token_index=5)
     with pytest.raises(ValueError, match="where its prompt ends"):  # no other text to compare with
         train_steering_vector(model, tokenizer, SETS, read=Tokens.generated)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_rounding_is_no_direction(kind: str) -> None:
+    "Means over unequally many equal activations differ in their last digits."
+    model, tokenizer = tiny_model(kind), tiny_tokenizer()
+    sets = {"positive": WARM * 3, "negative": COLD}
+    for read in ({"read_token_index": 3}, {"read": {"early": 3}}, {"read": {"late": -1, "early": lambda text: 2}}):
+        with pytest.raises(ValueError, match="both sides read the same, so there is no direction"):
+            train_steering_vector(model, tokenizer, sets, **read)  # type: ignore[call-overload]
+    close_by = {"positive": [HEAD + "Warm"], "negative": [HEAD + "Warn"]}
+    assert all(v.any() for v in train_steering_vector(model, tokenizer, close_by).layer_activations.values())
 
 
 def test_pairs_are_what_they_were() -> None:
