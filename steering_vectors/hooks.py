@@ -279,6 +279,11 @@ class _Last(threading.local):
     begun = False  # whether a call is under way that began while we looked
 
 
+def _depth(model: nn.Module) -> int | None:
+    "How many layers a model is told to run."
+    return getattr(getattr(model, "config", None), "num_hidden_layers", None)
+
+
 def _listed(names: list[str]) -> str:
     "Names of modules, the first few of them."
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -301,7 +306,8 @@ class RunWatch(Attachment):
         self.counts: dict[nn.Module, _Count] = {}
 
     def _attach(self) -> None:
-        self.told, self.counts = False, {module: _Count(self, names) for module, names in self.within.items()}
+        self.told, self.layers = False, _depth(self.model)
+        self.counts = {module: _Count(self, names) for module, names in self.within.items()}
         for module, count in self.counts.items():
             module.register_forward_pre_hook(count.begins)
             module.register_forward_hook(count.passed)
@@ -349,7 +355,7 @@ class _Count(Uncopied):
         "A call has come to its end."
         marks, before, begun = [handle.ran for handle in self.handles], self.last.marks, self.last.begun
         self.last.marks, self.last.begun = marks, False
-        if module.training or self.watch is None or not begun:
+        if module.training or self.watch is None or not begun or _depth(self.watch.model) != self.watch.layers:
             return
         self.passes += 1
         if any(map(is_, marks, before or [None] * len(marks))) and not self.watch.told:

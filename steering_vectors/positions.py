@@ -43,6 +43,7 @@ class Seen:
     real: Tensor | None  # (b, columns) False at padding; None where there is none
     padding_known: bool = True  # whether a mask or positions told that
     front: int = 0  # columns at its beginning that an adapter put there
+    held: int = 0  # entries at its beginning that no block computed
 
 
 class Memory:
@@ -94,6 +95,9 @@ class Pass:
     unclear: bool = False  # whether a mask came in that cannot be read
     logits: int = 1  # tokens at its end whose logits are wanted
     front: int = 0  # columns at the beginning that an adapter put there
+    held: int = 0  # entries of the cache that no block computed
+    several: bool = False  # whether a row holds several sequences
+    again: Adapter | None = None  # what put its columns in front once more, behind those of earlier passes
     cache: Any = None  # what it continues
     began: Any = None  # a cache that holds nothing but what an adapter put there
     seen: Seen | None = None  # what is known of that cache
@@ -115,8 +119,8 @@ class Pass:
 INPUTS = ("input_ids", "inputs_embeds", "hidden_states")
 Door = Mapping[str, Any]  # the arguments of one call, by name
 SEVERAL = (
-    "This pass holds several sequences in one row (as generate_batch and training without padding do), so rows and columns "
-    "cannot be told. Steer every token, with one multiplier."
+    "This pass holds several sequences in one row (as generate_batch and training without padding do), so the tokens of one of them "
+    "cannot be told. Steer every token, with one multiplier, or, outside of generate_batch, choose columns of the row."
 )
 
 
@@ -136,8 +140,6 @@ def read_pass(
 ) -> Pass:  # before any block has run
     "Where the pass stands that has just begun."
     doors = [door for door in (inner, outer) if door]
-    if any(door.get(name) is not None for door in doors for name in ("cu_seq_lens_q", "block_table")):
-        raise ValueError(SEVERAL)
     given = next((inner[k] for k in INPUTS if isinstance(inner.get(k), Tensor)), None)
     if given is None:
         given = next(
@@ -146,6 +148,9 @@ def read_pass(
     b, s = given.shape[:2]
     cache = next((found[1] for found in map(find_cache, doors) if found), None)
     run = Pass(int(b), int(s), cache=cache, seen=None if cache is None else memory.get(cache))
+    run.several = any(door.get(name) is not None for door in doors for name in ("cu_seq_lens_q", "block_table"))
+    if run.several and (cache is not None or any(door.get("block_table") is not None for door in doors)):
+        raise ValueError(SEVERAL)  # of each sequence only what is new
     run.ids = _tensor(doors, "input_ids", lambda t: t.shape == (b, s))
     if run.ids is None:
         run.ids = given if given.ndim == 2 and not given.is_floating_point() else None
@@ -158,8 +163,11 @@ def read_pass(
     _read_padding(run, doors, prefix)
     if run.seen is not None and not run.fresh:
         run.front = run.seen.front
-    elif adapter is not None and not prefix and run.fresh and run.ids is None and s > adapter.tokens:
-        _put_in_front(run, adapter.tokens)
+    if adapter is not None and not prefix and run.ids is None and s > adapter.tokens:
+        if run.fresh:
+            _put_in_front(run, adapter.tokens)
+        else:
+            run.again = adapter
     return run
 
 
@@ -177,8 +185,9 @@ def _start(run: Pass, doors: Sequence[Door], prefix: int) -> int | Tensor:
     if isinstance(length, Tensor):
         here = length.device.type == "cpu" or run.seen is None or run.length > 1
         length = int(length) if here else length  # read from the device once for each prompt
-    if length is not None and prefix and not (isinstance(length, int) and length < prefix):
-        length = length - prefix
+    held = prefix if run.seen is None else run.seen.held
+    if length is not None and held and not (isinstance(length, int) and length < held):
+        run.held, length = held, length - held
         if isinstance(length, int) and length == 0:
             run.began, run.cache, run.seen = run.cache, None, None
     if length is not None:
@@ -192,7 +201,7 @@ def _start(run: Pass, doors: Sequence[Door], prefix: int) -> int | Tensor:
     if mask is not None:
         return mask.shape[1] - run.length
     raise ValueError(
-        f"A {type(run.cache).__name__} has no length, and this one was begun before the steering context was opened, so it cannot "
+        f"A {type(run.cache).__name__} has no length, and this one was begun before the steering context was opened, or copied since, so it cannot "
         "be told which columns this pass computes. Open the context first, or steer every token."
     )
 
@@ -253,11 +262,15 @@ def _told_padding(run: Pass, doors: Sequence[Door], prefix: int) -> Tensor | Non
         if own.ndim == 2 and len(own) == run.batch and own.shape[1] == (end or own.shape[1]):
             return own[:, :0] if bool(own.bool().all()) else own.bool()
     positions = _tensor(doors, "position_ids", lambda t: t.shape == (run.batch, run.length))
-    return _real_from_positions(positions) if positions is not None and run.fresh else None
+    if positions is None or not run.fresh:
+        return None
+    real, again = _real_from_positions(positions)
+    run.several |= again
+    return real
 
 # %% ../nbs/reference/positions.ipynb #3ba317b2
-def _real_from_positions(positions: Tensor) -> Tensor | None:
-    "(b, s) False at padding, with no columns where there is none, from (b, s) position ids; None where they do not tell."
+def _real_from_positions(positions: Tensor) -> tuple[Tensor | None, bool]:
+    "Padding from (b, s) position ids as `_told_padding` gives it, and whether a row begins anew in its middle."
     s, columns = positions.shape[1], torch.arange(positions.shape[1], device=positions.device)
     steps = torch.cat([torch.ones_like(positions[:, :1]), positions.diff(dim=1)], 1)  # from the column before
     first = torch.where(steps != 1, columns, s).amin(1, keepdim=True)  # where counting up stops for the first time
@@ -273,11 +286,9 @@ def _real_from_positions(positions: Tensor) -> Tensor | None:
         real = (
             right if bool(on_the_right.all()) and not bool(on_the_left.all()) else torch.where(on_the_left, left, right)
         )
-        return real[:, :0] if bool(real.all()) else real
+        return (real[:, :0] if bool(real.all()) else real), False
     again = (steps < 0) & ((positions == 0) | (positions == positions[:, :1])) & ~on_the_left & ~on_the_right
-    if bool(again.any()):
-        raise ValueError(SEVERAL)
-    return None
+    return None, bool(again.any())
 
 
 def _is_fill(fill: Tensor, begin: Tensor) -> Tensor:
@@ -372,7 +383,7 @@ def _prompt_columns(run: Pass, uncached: Sequence[Tensor]) -> int:
         return run.length
     if run.seen is None or run.seen.prompt is None:
         raise ValueError(
-            "This cache was begun before the steering context was opened, so it cannot be told where its prompt ends. "
+            "This cache was begun before the steering context was opened, or copied or put together since, so it cannot be told where its prompt ends. "
             f"{SAY} Or choose tokens by column (min_token_index)."
         )
     if run.length > 1:
@@ -476,6 +487,8 @@ def _place(run: Pass, tracker: "PassTracker", selection: Selection, device: torc
         raise ValueError(not_recognised(run.unknown))
     if run.added:
         raise ValueError(_added(run, type(tracker.holder).__name__))
+    if selection.needs_padding or (selection.needs_prompt and tracker.prompt is None):
+        _check_one_sequence(run)
     uncached = tracker.local.uncached
     columns, lengths, real, unclear, prompt = None, None, run.real, run.unclear, tracker.prompt
     if prompt is not None:
@@ -510,6 +523,18 @@ def _front_of(run: Pass, prompt: Prompt, embed: Callable[[Tensor], Any] | None, 
     if run.fresh and (front := _in_front(run, prompt, embed, earlier)) != run.front:
         _put_in_front(run, front)
     return run.front
+
+
+def _check_one_sequence(run: Pass) -> None:
+    "Refuse to count tokens in a row that holds several sequences, or an adapter's tokens in its middle."
+    if run.several:
+        raise ValueError(SEVERAL)
+    if run.again is not None:
+        raise ValueError(
+            f"The adapter ({run.again.name}) put its {run.again.tokens} tokens in front once more, in a pass that continues an earlier one, so they "
+            "are in the middle of the text. (peft does so when a cache is given to forward, and in generate with a transformers that it "
+            "does not know.) Generate with use_cache=False, or choose tokens by column."
+        )
 
 
 def _added(run: Pass, name: str) -> str:
@@ -579,7 +604,7 @@ def _note(run: Pass, output: Any, memory: Memory) -> Before | None:
     made = find_cache(entries)
     if isinstance(run.start, int):
         prompt = run.length if run.start == 0 else run.seen.prompt if run.seen else None
-        seen = Seen(run.start + run.length, prompt, run.real, run.padding_known, run.front)
+        seen = Seen(run.start + run.length, prompt, run.real, run.padding_known, run.front, run.held)
         for cache in {id(c): c for c in (run.cache, run.began, made and made[1]) if c is not None}.values():
             memory.put(cache, seen)
     if made is not None or run.cache is not None:

@@ -8,9 +8,13 @@ __all__ = ['F', 'as_multiplier', 'LayerEdit', 'SteeringPatchHandle', 'prepare_st
 # %% ../nbs/reference/steering.ipynb #d29df14c
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager
 from functools import partial, wraps
 from html import escape
+from threading import Thread
+from types import GeneratorType
 from typing import Any, TypeVar
 
 import torch
@@ -65,10 +69,11 @@ def as_multiplier(
 class _Scaled:
     "A vector times its multiplier, ready for an activation."
 
-    def __init__(self, vector: Tensor, wide: bool, name: str = "the layer"):
-        self.vector, self.wide, self.name = vector, wide, name  # wide: stay in float32 at least
+    def __init__(self, vector: Tensor, wide: bool, name: str = "the layer", added: bool = True):
+        self.vector, self.name = vector, name
+        self.wide, self.added = wide, added  # stay in float32 at least; become part of the activation
         self.kept: dict[Any, Tensor] = {}
-        self.size: float | None = None  # of what must fit: the largest number, or the length
+        self.sizes: tuple[float, float] | None = None  # its largest number and its length
 
     def on(self, h: Tensor, multiplier: float | Tensor) -> Tensor:  # (1, 1, d), or (b, 1, d) for multipliers (b,)
         "The product, where `h` is."
@@ -85,21 +90,24 @@ class _Scaled:
     def _product(self, h: Tensor, multiplier: float | Tensor) -> Tensor:
         least: torch.dtype = torch.promote_types(h.dtype, torch.float32)
         dtype = least if self.wide else h.dtype
-        self._check_fits(multiplier, dtype)
+        self._check_fits(multiplier, dtype, h.dtype)
         v: Tensor = self.vector.to(h.device, torch.promote_types(self.vector.dtype, least))[None, None]
         m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
         return (m * v).to(dtype)
 
-    def _check_fits(self, multiplier: float | Tensor, dtype: torch.dtype) -> None:
-        "Refuse a product that `dtype` cannot hold. (A projection squares it.)"
-        if self.size is None:
-            self.size = _size(self.vector, self.wide)
+    def _check_fits(self, multiplier: float | Tensor, dtype: torch.dtype, own: torch.dtype) -> None:
+        "Refuse a product that `own`, the activation's dtype, cannot hold, or whose square `dtype` cannot."
+        if self.sizes is None:
+            self.sizes = _size(self.vector, math.inf), _size(self.vector, 2)
+        largest, length = self.sizes
+        limits = [(torch.finfo(own).max / largest, own)] if self.added and largest else []
+        limits += [(torch.finfo(dtype).max ** 0.5 / length, dtype)] if self.wide and length else []
+        limit, narrow = min(limits, key=lambda pair: pair[0], default=(math.inf, dtype))
         m = abs(multiplier) if isinstance(multiplier, float) else float(multiplier.abs().max())
-        end = torch.finfo(dtype).max ** (0.5 if self.wide else 1)
-        if m * self.size > end:
+        if m > limit:
             raise ValueError(
-                f"The vector times {m:g} does not fit {dtype}, in which {self.name} computes, and would turn into infinities. "
-                f"The largest multiplier that fits is {_rounded_down(end / self.size)}."
+                f"The vector times {m:g} does not fit {narrow}, in which {self.name} computes, and would turn into infinities. "
+                f"The largest multiplier that fits is {_rounded_down(limit)}."
             )
 
 # %% ../nbs/reference/steering.ipynb #7afba72a
@@ -110,13 +118,13 @@ def _numbers(t: Tensor) -> Tensor | None:
     return None if t.is_meta else t.detach()
 
 
-def _size(vector: Tensor, wide: bool) -> float:
-    "The largest number of a vector, or its length; infinities, which are the caller's word, left out."
+def _size(vector: Tensor, norm: float) -> float:
+    "The norm of a vector; infinities, which are the caller's word, left out."
     v = _numbers(vector)
     if v is None or not v.numel():
         return 0.0
     finite = torch.where(v.isfinite(), v, 0).double()
-    return float(torch.linalg.vector_norm(finite, ord=2 if wide else math.inf, dim=-1).max())
+    return float(torch.linalg.vector_norm(finite, ord=norm, dim=-1).max())
 
 
 def _rounded_down(x: float) -> str:
@@ -185,7 +193,8 @@ class LayerEdit:
         self.by_row = getattr(operator, "by_row", False) is True  # broadcasts over rows, as our own operators do
         adds = operator == addition_operator()
         self.only_adds = adds and isinstance(multiplier, float)
-        self.scaled = _Scaled(vector, wide=isinstance(operator, OURS) and not adds, name=name)
+        removes = type(operator) is type(ablation_operator())
+        self.scaled = _Scaled(vector, wide=isinstance(operator, OURS) and not adds, name=name, added=not removes)
         self.rows: dict[Any, tuple[Tensor, Tensor | None]] = {}
         self.groups: dict[Any, list[tuple[float, Tensor | None]]] = {}
 
@@ -296,6 +305,12 @@ def _decorated(handle: SteeringPatchHandle, function: Any) -> Any:
     "The function inside a `with` statement of `handle`."
     if isinstance(function, staticmethod | classmethod):
         return type(function)(_decorated(handle, function.__func__))
+    if isinstance(function, type) or not callable(function):
+        what = f"the class {function.__name__}" if isinstance(function, type) else f"a {type(function).__name__}"
+        raise TypeError(
+            f"A steering handle decorates a function or a method, not {what}. Write it directly above the `def` whose body runs "
+            "the model, below @property and the like."
+        )
     if _is(inspect.isgeneratorfunction, function) or _is(inspect.isasyncgenfunction, function):
         raise TypeError(_runs_later("a generator function"))
     if _is(inspect.iscoroutinefunction, function):
@@ -309,8 +324,9 @@ def _decorated(handle: SteeringPatchHandle, function: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         with handle:
             returned = function(*args, **kwargs)
-            if inspect.isawaitable(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
-                getattr(returned, "close", lambda: None)()
+            if _goes_on(returned):
+                if inspect.iscoroutine(returned) or inspect.isgenerator(returned):
+                    returned.close()
                 raise TypeError(_runs_later(f"a function that returned a {type(returned).__name__}"))
             return returned
 
@@ -322,6 +338,17 @@ def _is(kind: Callable[[Any], bool], function: Any) -> bool:
     while isinstance(function, partial):
         function = function.func
     return kind(function) or (callable(function) and kind(type(function).__call__))
+
+
+def _goes_on(returned: Any) -> bool:
+    "Whether code belongs to what a function returned that runs, or may run, after the call."
+    if isinstance(returned, Future):
+        return not returned.done()
+    if isinstance(returned, Thread):
+        return returned.is_alive()
+    lazy = (GeneratorType, map, filter, _GeneratorContextManager, _AsyncGeneratorContextManager)
+    own = isinstance(returned, Iterator | AsyncIterator) and type(returned).__module__ not in ("builtins", "_io")
+    return own or isinstance(returned, lazy) or inspect.isawaitable(returned) or inspect.isasyncgen(returned)
 
 
 def _runs_later(what: str) -> str:

@@ -1,20 +1,25 @@
 """Handles: what they keep alive, what `with` means, what they notice, what they decorate, and what operators get."""
 
 import asyncio
+import contextlib
 import copy
 import functools
 import gc
+import io
+import itertools
 import pickle
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from plain import hooks_on
 from torch import Tensor, nn
+from versions import fault, skip_if
 
 from steering_vectors import (
     SteeringVector,
@@ -428,6 +433,30 @@ def test_no_false_alarm_while_generating(model: Any, how: dict[str, Any]) -> Non
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, pad_token_id=0, **how)
 
 
+@pytest.mark.parametrize("layers", [(1,), (0, 2), (2,)])
+@pytest.mark.parametrize("exit_", [1, 2])
+def test_no_false_alarm_for_a_draft_of_the_first_layers(model: Any, layers: tuple[int, ...], exit_: int) -> None:
+    ids = IDS[:1]
+
+    def write() -> None:
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, pad_token_id=0, assistant_early_exit=exit_
+        )
+
+    skip_if(fault(write, "drafts of the first layers"))
+    with warnings.catch_warnings(action="error", category=RuntimeWarning), vector(*layers).apply(model):
+        with record_activations(model, layer_nums=layers) as seen:
+            write()
+    assert all(seen.values()), "the passes of the whole model ran every layer"
+
+
+def test_a_model_that_was_cut_before_is_told(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+    with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match=r"model\.layers\.1 never did"):
+        with vector(1).apply(model):
+            logits(model)
+
+
 def test_no_false_alarm_in_threads(model: Any) -> None:
     errors: list[BaseException] = []
 
@@ -566,6 +595,94 @@ def test_what_runs_later_is_refused(model: Any) -> None:
         ):
             handle(function)()
         assert hooks_on(model) == 0
+
+
+def test_what_goes_on_after_the_call_is_refused(model: Any) -> None:
+    "Work that is begun in the function and done after it would be unsteered."
+    handle, wait = vector().apply(model), threading.Event()
+
+    @contextlib.contextmanager
+    def scope() -> Iterator[Tensor]:
+        yield logits(model)
+
+    @contextlib.asynccontextmanager
+    async def later() -> Any:
+        yield logits(model)
+
+    class Streamer:
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> Tensor:
+            return logits(model)
+
+    def begun() -> threading.Thread:
+        thread = threading.Thread(target=wait.wait)
+        thread.start()
+        return thread
+
+    with ThreadPoolExecutor(1) as pool:
+        for function in (
+            scope,
+            later,
+            Streamer,
+            begun,
+            lambda: pool.submit(wait.wait),
+            lambda: map(lambda _: logits(model), range(2)),
+            lambda: filter(lambda _: logits(model).any(), range(2)),
+            lambda: itertools.starmap(logits, [(model,)]),
+        ):
+            with pytest.raises(TypeError, match="cannot decorate a function that returned a"):
+                handle(lambda function=function: function())()
+            assert hooks_on(model) == 0
+        wait.set()
+
+
+def test_what_is_done_when_the_call_ends_is_returned(model: Any) -> None:
+    handle = vector().apply(model)
+    with handle:
+        steered = logits(model)
+    with ThreadPoolExecutor(1) as pool:
+
+        def work() -> Any:
+            future = pool.submit(logits, model)
+            future.result()
+            return future
+
+        assert torch.equal(handle(work)().result(), steered)
+    for value in ([1], iter([1]), zip([1], [2], strict=True), range(2), io.StringIO("a"), torch.no_grad(), handle):
+        assert handle(lambda value=value: value)() is value
+
+
+def test_only_functions_are_decorated(model: Any) -> None:
+    "A class or a property would be decorated in vain: their code runs at other times."
+    handle = vector().apply(model)
+
+    class Asked:
+        def answer(self) -> Tensor:
+            return logits(model)
+
+    for what in (
+        Asked,
+        property(Asked.answer),
+        functools.cached_property(Asked.answer),
+        functools.partialmethod(Asked.answer),
+        3,
+        None,
+        (handle for _ in range(1)),
+    ):
+        with pytest.raises(TypeError, match="decorates a function or a method, not .*directly above the `def`"):
+            handle(what)
+
+    class Right:
+        @property
+        @handle
+        def answer(self) -> Tensor:
+            return logits(model)
+
+    with handle:
+        steered = logits(model)
+    assert torch.equal(Right().answer, steered) and not torch.equal(logits(model), steered)
 
 
 def test_ordinary_functions(model: Any) -> None:
@@ -743,6 +860,9 @@ TOO_MUCH = [
     (torch.float32, 1e39, None),
     (torch.float16, 1e30, ablation_operator()),
     (torch.float32, 1e25, ablation_then_addition_operator()),
+    (torch.float16, 1e6, ablation_then_addition_operator()),
+    (torch.float16, -1e5, ablation_then_addition_operator()),
+    (torch.float16, [1.0, 1e6], ablation_then_addition_operator()),
 ]
 
 
@@ -760,7 +880,7 @@ def test_a_multiplier_that_does_not_fit(
     limit = float(str(e.value).rstrip(".").split()[-1])
     with record_activations(model, layer_nums=[1]) as seen, v.apply(model, multiplier=limit, operator=operator, **say):
         model(IDS)
-    if operator is None:
+    if operator is None or (dtype == torch.float16 and operator == ablation_then_addition_operator()):
         assert seen[1][0].isfinite().all() and seen[1][0].abs().max() > torch.finfo(dtype).max / 20, "the limit fits"
 
 

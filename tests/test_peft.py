@@ -10,7 +10,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from torch import Tensor
 from versions import SINCE, fault, installed, skip_if
 
-from steering_vectors import SteeringVector, find_layers, record_activations, train_steering_vector
+from steering_vectors import SteeringVector, find_layers, positions, record_activations, train_steering_vector
+from steering_vectors.calls import Adapter, find_cache, returned
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.hooks import read_output
 from steering_vectors.tokens import Tokens
@@ -241,6 +242,32 @@ def test_another_prompt_behind_an_adapter_is_refused(kind: str) -> None:
             ones_of(model, writing(model), tokens=Tokens.response, prompt=other)
     with pytest.raises(ValueError, match=r"7 columns and the model was given 11 \(4 of them from the adapter\)"):
         ones_of(model, writing(model), token_indices=torch.tensor([1, 0, 0, 0, 0, 0, 1]))
+
+
+@pytest.mark.parametrize("kind", IN_FRONT)
+def test_an_adapter_that_repeats_itself_behind_a_cache_is_refused(kind: str) -> None:
+    "What forward does with every cache that it is given: its tokens end up in the middle of the text."
+    model, ids = tuned(kind), torch.tensor([[5]])
+
+    def continued() -> None:
+        cache = find_cache(returned(model(X, use_cache=True)))
+        assert cache is not None
+        model(inputs_embeds=model.get_input_embeddings()(ids), **{cache[0]: cache[1]})
+
+    said: Any
+    for said in ({"tokens": Tokens.response}, {"tokens": Tokens.generated, "prompt": X}, {"tokens": Tokens.all}):
+        with pytest.raises(ValueError, match=r"put its 4 tokens in front once more.*use_cache=False"):
+            ones_of(model, continued, **said)
+    assert ones_of(model, continued, min_token_index=13) == [[[0] * 11], [[0, 0, 1, 1, 1]]]
+
+
+@pytest.mark.parametrize("say", [{"tokens": Tokens.response}, {"tokens": Tokens.prompt[0], "prompt": X}, {"min_token_index": 8}, {"token_indices": [2, 8]}], ids=str)  # fmt: skip
+def test_a_prefix_that_is_not_in_the_cache_is_not_counted(say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A transformers that peft does not know makes a cache of its own, without the prefix."
+    model = tiny_model("llama")
+    want = ones_of(model, writing(model), **say)
+    monkeypatch.setattr(positions, "prompt_adapter", lambda model: Adapter("PREFIX_TUNING", 4, True))
+    assert ones_of(model, writing(model), **say) == want
 
 
 def test_the_model_inside_does_not_know_its_adapter_but_finds_the_prompt() -> None:

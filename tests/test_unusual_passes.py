@@ -49,19 +49,58 @@ def steered(model: Any, call: Callable[[], Any], **how: Any) -> list[list[int]]:
 # --- several sequences in one row
 
 
-@pytest.mark.parametrize("how", [{"tokens": Tokens.all}, {"min_token_index": 2}, {"multiplier": [1.0]}], ids=str)
-def test_rows_of_several_sequences_are_refused(model: Any, how: dict[str, Any]) -> None:
-    ids, positions = torch.tensor([[5, 6, 7, 8, 9, 10, 11]]), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+FLAT = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+LIMITS = torch.tensor([0, 3, 7], dtype=torch.int32)
+FLATTENED: dict[str, dict[str, Any]] = {
+    "positions": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])},
+    "positions from anywhere": {"position_ids": torch.tensor([[5, 6, 7, 0, 1, 2, 3]])},
+    "three": {"position_ids": torch.tensor([[0, 1, 0, 1, 0, 1, 2]])},
+    "limits": {"cu_seq_lens_q": LIMITS, "cu_seq_lens_k": LIMITS, "max_length_q": 4, "max_length_k": 4},
+}
 
+
+@pytest.mark.parametrize("told", FLATTENED)
+@pytest.mark.parametrize(
+    "how",
+    [{"tokens": Tokens.all}, {"tokens": Tokens.response}, {"tokens": Tokens.prompt[0], "prompt": FLAT}, {"tokens": Tokens.columns[2:] & Tokens.all},
+     {"token_indices": [-1]}, {"tokens": Tokens.all[1:], "multiplier": [1.0]}],
+    ids=str,
+)  # fmt: skip
+def test_tokens_of_several_sequences_in_one_row_are_refused(model: Any, told: str, how: dict[str, Any]) -> None:
     def call() -> None:
-        model(input_ids=ids, position_ids=positions, use_cache=False)
+        model(input_ids=FLAT, use_cache=False, **FLATTENED[told])
 
     with pytest.raises(ValueError, match="several sequences in one row"):
         steered(model, call, **how)
     assert steered(model, call) == [[1] * 7]
-    limits = torch.tensor([0, 3, 7], dtype=torch.int32)
-    with pytest.raises(ValueError, match="several sequences in one row"), vector().apply(model, **how):
-        model(input_ids=ids, cu_seq_lens_q=limits, cu_seq_lens_k=limits, max_length_q=4, max_length_k=4)
+
+
+COLUMNS: list[tuple[dict[str, Any], list[int]]] = [
+    ({"min_token_index": 2}, [0, 0, 1, 1, 1, 1, 1]),
+    ({"token_indices": [0, 3]}, [1, 0, 0, 1, 0, 0, 0]),
+    ({"token_indices": [-1], "prompt": FLAT}, [0, 0, 0, 0, 0, 0, 1]),
+    ({"token_indices": torch.tensor([1, 0, 0, 0, 1, 1, 0]).bool()}, [1, 0, 0, 0, 1, 1, 0]),
+    ({"tokens": Tokens.columns[1:6:2]}, [0, 1, 0, 1, 0, 1, 0]),
+    ({"tokens": Tokens.columns[:] - [9]}, [1, 1, 1, 1, 0, 1, 1]),
+    ({"multiplier": [1.0]}, [1, 1, 1, 1, 1, 1, 1]),
+    ({"multiplier": [1.0], "min_token_index": 5}, [0, 0, 0, 0, 0, 1, 1]),
+]
+
+
+@pytest.mark.parametrize("told", FLATTENED)
+@pytest.mark.parametrize(("how", "want"), COLUMNS, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_columns_of_a_row_need_not_know_what_it_holds(
+    model: Any, told: str, how: dict[str, Any], want: list[int]
+) -> None:
+    assert steered(model, lambda: model(input_ids=FLAT, use_cache=False, **FLATTENED[told]), **how) == [want]
+
+
+@pytest.mark.parametrize("how", [{"min_token_index": 2}, {"tokens": Tokens.all}, {"multiplier": [1.0]}], ids=str)
+def test_several_sequences_in_one_cache_are_refused(model: Any, how: dict[str, Any]) -> None:
+    "As `generate_batch` reads them: of each sequence only what is new, so not even columns can be counted."
+    for more in ({"past_key_values": DynamicCache()}, {"block_table": torch.zeros(2, 1)}):
+        with pytest.raises(ValueError, match="several sequences in one row"), vector().apply(model, **how):
+            model(input_ids=FLAT, **FLATTENED["limits"], **more)
 
 
 # --- encoders
