@@ -100,6 +100,9 @@ class SteeringVector:
     def __iter__(self) -> Iterator[int]:
         return iter(self.layer_activations)
 
+    def __reversed__(self) -> Iterator[int]:
+        return reversed(self.layer_activations)
+
     def __len__(self) -> int:
         return len(self.layer_activations)
 
@@ -267,6 +270,8 @@ def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
             raise ValueError(
                 f"The direction of layer {n} must be one row of floating-point numbers, shape (d,); it has shape {tuple(v.shape)} and dtype {v.dtype}."
             )
+        if v.is_meta:
+            raise ValueError(f"The direction of layer {n} is on the meta device and holds no numbers. Load it first.")
         out[n] = v.reshape(-1) if v.ndim != 1 else v
     return out
 
@@ -280,6 +285,7 @@ def _chosen(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list
     "The layers of `vector` that an index names."
     have, total = vector.layer_activations, vector.provenance.num_layers
     if isinstance(layers, slice):
+        layers = slice(*(None if i is None else _numbers(i)[0] for i in (layers.start, layers.stop, layers.step)))
         if total is None and any(i is not None and i < 0 for i in (layers.start, layers.stop)):
             raise ValueError(
                 f"{layers} counts from the model's end, but this vector does not know how many layers its model has. Use positive numbers."
@@ -420,8 +426,10 @@ def _common(a: Provenance, b: Provenance) -> Provenance:
 
 # %% ../nbs/reference/vector.ipynb #e66a683a
 def _is_number(x: object) -> bool:
-    "A number of Python, numpy or torch, and not a vector of them."
-    return hasattr(x, "__float__") and getattr(x, "ndim", 0) == 0 and not isinstance(x, (str, bool))
+    "A real number of Python, numpy or torch, and not a vector of them; a truth value is none."
+    kind = str(getattr(x, "dtype", "")).removeprefix("torch.")
+    no_number = isinstance(x, (str, bool)) or kind.startswith(("bool", "complex"))
+    return hasattr(x, "__float__") and getattr(x, "ndim", 0) == 0 and not no_number
 
 
 def _scaled(vector: SteeringVector, number: float, divide: bool = False) -> SteeringVector:
