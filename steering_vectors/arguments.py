@@ -39,7 +39,7 @@ def is_bool(value: Any) -> bool:
 
 def whole_number(number: Any) -> int:
     "A whole number of Python, numpy or torch; TypeError for anything else, True included."
-    if is_bool(number) or getattr(number, "ndim", 0):
+    if is_bool(number) or getattr(number, "ndim", 0) != 0:
         raise TypeError
     return operator.index(number)
 

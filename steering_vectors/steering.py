@@ -10,7 +10,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
-from html import escape
 from typing import Any, TypeVar
 
 import torch
@@ -380,6 +379,8 @@ def _as_text(handle: SteeringPatchHandle) -> str:
 def _as_html(handle: SteeringPatchHandle) -> str:
     "The same with colour: steered tokens on orange, padding in grey."
     style = "padding:1px 3px;margin:1px;border-radius:3px;display:inline-block;white-space:pre;"
+    from html import escape
+
     lines = [f"<div>{escape(_summary(handle))}</div>"]
     for row in _cells(handle):
         bar = len(row) - AHEAD
