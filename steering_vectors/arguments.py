@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Layer', 'CPU', 'is_bool', 'whole_number', 'as_layer', 'from_front', 'at_layer', 'front', 'front_number', 'as_layers',
-           'listed', 'as_multipliers', 'as_number', 'near', 'as_count', 'as_temperature', 'in_model', 'one_row',
-           'chosen_tokens']
+           'listed', 'as_multipliers', 'as_number', 'near', 'as_count', 'as_temperature', 'check_vector', 'check_ids',
+           'in_model', 'one_row', 'chosen_tokens']
 
 # %% ../nbs/reference/arguments.ipynb #abf87acf
 import math
@@ -19,6 +19,7 @@ from torch import Tensor
 
 # %% ../nbs/reference/arguments.ipynb #06e0872d
 from .layers import resolve_layers
+from .steering import _check_width
 from .tokens import Place, as_selection, select
 from .vector import SteeringVector
 
@@ -38,7 +39,7 @@ def is_bool(value: Any) -> bool:
 
 def whole_number(number: Any) -> int:
     "A whole number of Python, numpy or torch; TypeError for anything else, True included."
-    if is_bool(number):
+    if is_bool(number) or getattr(number, "ndim", 0) != 0:
         raise TypeError
     return operator.index(number)
 
@@ -143,9 +144,9 @@ def as_number(number: Any, what: str = "Multipliers are numbers, like [-2, 0, 2]
     try:
         if is_bool(number) or isinstance(number, (str, bytes)) or bool(getattr(number, "ndim", 0)):
             raise TypeError
-        return float(number)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{what}; not {number!r}.") from None
+        return float(number.detach() if isinstance(number, Tensor) else number)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{what}; not {number!r:.60}.") from None
 
 
 def near(number: Any, among: Iterable[float]) -> float | None:
@@ -158,14 +159,14 @@ def near(number: Any, among: Iterable[float]) -> float | None:
     return same[0] if same else None
 
 # %% ../nbs/reference/arguments.ipynb #372aad72
-def as_count(number: Any, name: str) -> int:
-    "A whole number from 1 on."
+def as_count(number: Any, name: str, least: int = 1) -> int:
+    "A whole number from `least` on."
     try:
         count = whole_number(number)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, not {number!r}.") from None
-    if count < 1:
-        raise ValueError(f"{name} must be 1 or more; it is {count}.")
+    if count < least:
+        raise ValueError(f"{name} must be {least} or more; it is {count}.")
     return count
 
 
@@ -177,17 +178,36 @@ def as_temperature(temperature: Any) -> float:
     return number
 
 
+def check_vector(vector: Any) -> None:
+    "Refuse what is no SteeringVector."
+    if not isinstance(vector, SteeringVector):
+        raise TypeError(
+            f"A measure takes a SteeringVector, not a {type(vector).__name__}: SteeringVector({{18: direction}})."
+        )
+
+
+def check_ids(
+    model: "PreTrainedModel",
+    rows: Iterable[Iterable[int]],  # token ids
+) -> None:
+    "Refuse ids that the model has no embedding for: those of another model's tokenizer."
+    known: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is None:
+        return
+    if wrong := [int(i) for row in rows for i in row if not 0 <= int(i) < known]:
+        raise ValueError(f"{wrong[0]} is no token of this model, which has 0 to {known - 1}. Is this its tokenizer?")
+
+
 def in_model(
     model: "PreTrainedModel",
     vector: SteeringVector,
     layer_config: "ModelLayerConfig | None" = None,
 ) -> tuple[SteeringVector, int]:  # with layers counted from the front; how many the model has
     "A vector as a model counts its layers."
-    if not isinstance(vector, SteeringVector):
-        raise TypeError(
-            f"A measure takes a SteeringVector, not a {type(vector).__name__}: SteeringVector({{18: direction}})."
-        )
+    check_vector(vector)
     found = resolve_layers(model, vector.layer_type, layer_config)
+    for layer, direction in vector.layer_activations.items():
+        _check_width(model, layer, direction)
     total = getattr(found, "num_blocks", max(found, default=-1) + 1)
     return from_front(vector, total), total
 

@@ -9,6 +9,7 @@ __all__ = ['Scored', 'Contrast', 'NotMeasured', 'Sweep', 'sweep', 'TokenValues',
 
 # %% ../nbs/reference/effects.ipynb #d55f5595
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,8 +28,11 @@ from steering_vectors.arguments import (
     as_layer,
     as_layers,
     as_multipliers,
+    as_number,
     as_temperature,
     at_layer,
+    check_ids,
+    check_vector,
     chosen_tokens,
     from_front,
     front,
@@ -44,6 +48,7 @@ from steering_vectors.prompts import (
     Template,
     Text,
     as_record,
+    check_tokenizer,
     continuation_ids,
     is_messages,
     prompt_ids,
@@ -109,6 +114,9 @@ class _Keyed:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.keys())
+
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(self.keys()[::-1])
 
     def __len__(self) -> int:
         return len(self.keys())
@@ -231,16 +239,19 @@ def sweep(
 ) -> Sweep:  # `s[layer, multiplier]` is text
     "Answer `prompt` at every layer and multiplier: one batched generation a layer."
     numbers, length = as_multipliers(multipliers), as_count(max_new_tokens, "max_new_tokens")
-    selection, heat = one_row(tokens), as_temperature(temperature)
+    selection, heat, start = one_row(tokens), as_temperature(temperature), as_count(seed, "seed", 0)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is a function of two numbers, not a {type(progress).__name__}.")
     asked = prompt_ids(tokenizer, prompt, chat, add_generation_prompt, template)
     here, total = in_model(model, vector, layer_config)
+    check_ids(model, asked)
     ids = asked.to(model.device).expand(len(numbers), -1)
     rows: dict[tuple[Layer, float], tuple[int, ...]] = {}
     for layer in as_layers(layers, here, total):
         handle = at_layer(here, layer, total).apply(
             model, layer_config, operator, list(numbers), tokens=selection, prompt=ids
         )
-        with handle, _measuring(model, seed if heat else None):
+        with handle, _measuring(model, start if heat else None):
             new = _answers(model, tokenizer, ids, length, heat, progress)
         rows |= {(layer, m): tuple(row) for m, row in zip(numbers, new, strict=True)}
     texts = {key: str(tokenizer.decode(list(row), skip_special_tokens=True)) for key, row in rows.items()}
@@ -299,6 +310,7 @@ def steered_tokens(
     min_token_index: int | None = None,  # steer this column and all later ones
 ) -> TokenValues:  # 1 where a token was steered, else 0
     "Mark the tokens of a prompt and its answer that were steered."
+    check_tokenizer(tokenizer)
     asked, written = _plain_ids(prompt_ids, "prompt_ids"), _plain_ids(token_ids, "token_ids")
     mask = chosen_tokens(one_row(tokens, min_token_index), asked + written, len(asked)).tolist()
     if written:
@@ -310,9 +322,12 @@ def _plain_ids(ids: Any, name: str) -> list[int]:
     "One row of ids as a list."
     try:
         row = ids[0] if getattr(ids, "ndim", 1) == 2 and len(ids) == 1 else ids
-        return [whole_number(i) for i in row]
+        found = [whole_number(i) for i in row]
     except TypeError:
         raise TypeError(f"{name} is one row of ids, as `sweep` keeps them; it is {ids!r:.60}.") from None
+    if found and min(found) < 0:
+        raise ValueError(f"{name} holds {min(found)}, and ids are counted from 0.")
+    return found
 
 # %% ../nbs/reference/effects.ipynb #bd20b4a2
 @dataclass(frozen=True)
@@ -359,11 +374,12 @@ def next_token_shift(
     template: Template | None = None,  # arguments of the chat template
 ) -> TokenShift:  # largest change first; where nothing changes, likeliest first
     "How steering changes the probabilities of the token after `prompt`."
-    kept, selection = as_count(k, "k"), one_row(tokens)
+    kept, selection, number = as_count(k, "k"), one_row(tokens), as_number(multiplier, "multiplier is one number")
     asked = prompt_ids(tokenizer, prompt, chat, add_generation_prompt, template)
     here, _ = in_model(model, vector, layer_config)
+    check_ids(model, asked)
     ids = asked.to(model.device)
-    handle = here.apply(model, layer_config, operator, multiplier, tokens=selection, prompt=ids)
+    handle = here.apply(model, layer_config, operator, number, tokens=selection, prompt=ids)
     with _measuring(model):
         before = model(input_ids=ids).logits[0, -1].float().softmax(-1)
         with handle:
@@ -498,6 +514,7 @@ def _curve(
 ) -> Tensor:  # (n, m)
     "Scores of completions at each multiplier."
     here, _ = in_model(model, vector, layer_config)
+    check_ids(model, (ids for pair in pairs for ids in pair))
     masks, columns = _masks(tokens, pairs), []
     for m in multipliers:
 
@@ -581,6 +598,7 @@ def answer_gap(
     how = (chat, add_generation_prompt, template)
     scored = [[_one_token(*continuation_ids(tokenizer, p, a, *how), a) for a in both] for p, *both in asked]
     here, _ = in_model(model, vector, layer_config)
+    check_ids(model, (ids for question in scored for ids, _ in question))
     rows = []
     for (ids, first), (_, second) in scored:
         batch = torch.tensor([ids], device=model.device).expand(len(numbers), -1)
@@ -600,14 +618,33 @@ def _one_token(prompt: list[int], written: list[int], answer: str) -> tuple[list
     return prompt, written[0]
 
 # %% ../nbs/reference/effects.ipynb #f6654abd
-def _texts(texts: Any) -> list[Any]:
-    "Texts in a list, checked."
-    if isinstance(texts, (str, bytes, Mapping, Tensor)) or is_messages(texts):
-        if not isinstance(texts, Sequence) or not all(as_record(text) for text in texts):
-            raise TypeError(f"This is one text, {texts!r:.60}, and texts come in a list: [text].")
-    found = list(texts) if isinstance(texts, Iterable) else []
+def _listed_texts(texts: Any) -> tuple[list[Any], bool]:  # at least one; whether it came by itself
+    "One text, or the texts of any collection."
+    if hasattr(texts, "columns"):
+        raise TypeError("A table is no list of texts: pass the column that holds them, as in table['text'].")
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable) or _is_one_row(texts):
+        return [texts], True
+    found = list(texts)
     if not found:
         raise ValueError("No texts: give at least one.")
+    chat = is_messages(found) and not as_record(found[0])
+    return ([texts], True) if chat or all(map(_is_number, found)) else (found, False)
+
+
+def _is_one_row(texts: Any) -> bool:
+    "Whether this is a tensor or an array of shape () or (1, s)."
+    return getattr(texts, "ndim", 1) == 0 or (getattr(texts, "ndim", 1) == 2 and len(texts) == 1)
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0 and not isinstance(value, str)
+
+
+def _texts(texts: Any) -> list[Any]:
+    "Texts in a list, checked."
+    found, alone = _listed_texts(texts)
+    if alone:
+        raise TypeError(f"This is one text, {texts!r:.60}, and texts come in a list: [text].")
     return found
 
 
@@ -697,7 +734,10 @@ def _named(vectors: Any) -> dict[str, SteeringVector]:
         raise TypeError('Vectors are compared by name: similarity({"joy": vector, "calm": other}).')
     if not vectors:
         raise ValueError('There are no vectors to compare. Give at least one by name: {"joy": vector}.')
-    return {str(name): vector for name, vector in vectors.items()}
+    named = {str(name): vector for name, vector in vectors.items()}
+    if len(named) < len(vectors):
+        raise ValueError(f"Two vectors have the same name: {', '.join(map(repr, vectors))}. Name each its own way.")
+    return named
 
 
 def _at_one_layer(vectors: dict[str, SteeringVector], layer: Any) -> dict[str, Tensor]:
@@ -765,7 +805,7 @@ class ProjectionSet(Sequence[Projections]):
     @property
     def layers(self) -> tuple[int, ...]:  # k of them
         "The layers that were measured."
-        return self.texts[0].layers
+        return self.texts[0].layers if self.texts else ()
 
     @property
     def mean(self) -> Tensor:  # (n, k), on the CPU
@@ -778,7 +818,12 @@ class ProjectionSet(Sequence[Projections]):
     def __getitem__(self, index: slice) -> "ProjectionSet": ...
     def __getitem__(self, index: int | slice) -> "Projections | ProjectionSet":
         "One text, or a part of them."
-        return ProjectionSet(self.texts[index]) if isinstance(index, slice) else self.texts[index]
+        if isinstance(index, slice):
+            return ProjectionSet(self.texts[index])
+        try:
+            return self.texts[whole_number(index)]
+        except (IndexError, TypeError) as e:
+            raise type(e)(f"Texts are numbered from 0 to {len(self) - 1}; {index!r} is none of them.") from None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -804,6 +849,8 @@ def _chosen_of(
     tokenizer: "PreTrainedTokenizerBase", text: Any, ids: list[int], tokens: Any, how: tuple[Any, ...], name: str
 ) -> Tensor:  # (s,) bool
     "Which tokens of one text are looked at."
+    if not ids:
+        raise ValueError(f"{name} has no tokens, so there is nothing to look at. Leave it out.")
     prompt = prompt_length(tokenizer, text, ids, *how)
     selection = one_row(tokens)
     if prompt is None and selection is not None and selection.needs_prompt:
@@ -835,13 +882,6 @@ def _read(
     return [torch.stack([layer[i, : len(row)] for layer in found]) for i, row in enumerate(rows)]
 
 # %% ../nbs/reference/effects.ipynb #1d242553
-def _is_one(text: Any) -> bool:
-    "Whether this is one text rather than a list of them."
-    if isinstance(text, (str, Mapping, Tensor)) or not isinstance(text, Sequence):
-        return True
-    return bool(text) and (all(isinstance(i, int) for i in text) or (is_messages(text) and not as_record(text[0])))
-
-
 @overload
 def projections(  # type: ignore[overload-overlap]  # a conversation is a list as well
     model: "PreTrainedModel",
@@ -878,17 +918,15 @@ def projections(
     template: Template | None = None,  # arguments of the chat template
 ) -> Projections | ProjectionSet:  # of a text, or of each text of a list
     "The component of each token of `text` along `vector`, at each of its layers."
-    size, texts, how = (
-        as_count(batch_size, "batch_size"),
-        [text] if _is_one(text) else list(text),
-        (add_generation_prompt, template),
-    )
-    if not texts:
-        raise ValueError("No texts: give at least one.")
+    size, how = as_count(batch_size, "batch_size"), (add_generation_prompt, template)
+    texts, alone = _listed_texts(text)
     here, total = in_model(model, vector, layer_config)
-    here = here[sorted(here.layer_activations)]
+    if not here:
+        raise ValueError("The vector has no layers, so there is nothing to project on.")
+    here = here[sorted(here)]
     ids = texts_ids(tokenizer, texts, *how)
-    names = ["This text"] if _is_one(text) else [f"Text {i}" for i in range(len(texts))]
+    check_ids(model, ids)
+    names = ["This text"] if alone else [f"Text {i}" for i in range(len(texts))]
     each = zip(texts, ids, names, strict=True)
     masks = [_chosen_of(tokenizer, one, row, tokens, how, name) for one, row, name in each]
     rows = [row for i in range(0, len(ids), size) for row in _read(model, here, ids[i : i + size], layer_config)]
@@ -896,7 +934,7 @@ def projections(
     for row, numbers, mask in zip(rows, ids, masks, strict=True):
         words = [word for word, on in zip(_words(tokenizer, numbers), mask.tolist(), strict=True) if on]
         found.append(Projections(tuple(words), tuple(here.layer_activations), row[:, mask], tokens is not None, total))
-    return found[0] if _is_one(text) else ProjectionSet(tuple(found))
+    return found[0] if alone else ProjectionSet(tuple(found))
 
 # %% ../nbs/reference/effects.ipynb #063d6049
 def multiplier_limit(
@@ -905,6 +943,10 @@ def multiplier_limit(
     fraction: float = 1.0,  # of the activations' median norm
 ) -> float:
     "The multiplier at which `vector` is `fraction` as long as the activations."
+    check_vector(vector)
+    wanted = as_number(fraction, "fraction is a number, 1 for as long as the activations")
+    if not 0 < wanted < math.inf:
+        raise ValueError(f"fraction must be more than 0 and finite; it is {wanted}.")
     chosen = at_layer(vector, layer).layer_activations
     norms = {n: x for n, x in (vector.provenance.activation_norms or {}).items() if x}
     if not norms:
@@ -916,4 +958,4 @@ def multiplier_limit(
         )
     near = {n: norms[min(norms, key=lambda known: abs(known - n))] for n in chosen}
     share = sum(float(a.float().norm()) / near[n] for n, a in chosen.items())
-    return fraction / share if share else 3.0
+    return wanted / share if share else 3.0

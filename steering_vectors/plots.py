@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/reference/plots.ipynb #24f2f377
-from .arguments import from_front
+from .arguments import check_vector, from_front, whole_number
 from .effects import Effect, Projections, ProjectionSet, Similarity, TokenShift, TokenValues
 
 if TYPE_CHECKING:
@@ -48,7 +48,19 @@ def _by_name(
     if not isinstance(named, Mapping) or not named or not all(isinstance(one, kinds) for one in named.values()):
         what = kinds[0].__name__
         raise TypeError(f"Draw one {what}, or several by name, as in {{'joy': {what.lower()}}}; not {data!r:.60}.")
+    if len({str(name) for name in named}) < len(named):
+        raise ValueError(f"Two of these have the same name: {', '.join(map(repr, named))}. Name each its own way.")
     return {str(name): one for name, one in named.items()}
+
+
+def _check_kind(
+    value: Any,
+    kind: type,  # what is drawn
+    source: str,  # what returns one
+) -> None:
+    "Refuse anything but one result of a kind."
+    if not isinstance(value, kind):
+        raise TypeError(f"This draws one {kind.__name__}, as {source} gives it; not a {type(value).__name__}.")
 
 # %% ../nbs/reference/plots.ipynb #265bc4c6
 def _band(
@@ -80,7 +92,8 @@ def plot_effect(
         ax.plot(x, y[:, order].mean(0), color=colour, marker=marker, linewidth=2, label=name)
     whats = {e.what for e in named.values()}
     what, first = whats.pop() if len(whats) == 1 else "measure", next(iter(named.values()))
-    ax.set_ylabel(f"{'change of ' if change else ''}{what}\n({first.unit})")
+    units = ", ".join(dict.fromkeys(e.unit for e in named.values()))
+    ax.set_ylabel(f"{'change of ' if change else ''}{what}\n({units})")
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set_xlabel("multiplier")
     ax.set_xticks(first.multipliers)
@@ -89,6 +102,16 @@ def plot_effect(
     return ax
 
 # %% ../nbs/reference/plots.ipynb #6448ee4f
+def _layer(name: Any) -> int:
+    "The number of a layer, checked."
+    try:
+        return whole_number(name)
+    except TypeError:
+        raise TypeError(
+            f"Draw effects by layer, as in {{12: effect, 18: other}}; {name!r} is no layer's number."
+        ) from None
+
+
 def plot_layers(
     effects: Mapping[int, Effect],  # by layer
     ax: "Axes | None" = None,
@@ -96,7 +119,7 @@ def plot_layers(
     "Draw the slope of an effect against the layer it was measured at."
     if not isinstance(effects, Mapping) or not effects or not all(isinstance(e, Effect) for e in effects.values()):
         raise TypeError(f"Draw effects by layer, as in {{12: effect, 18: other}}; not {effects!r:.60}.")
-    layers = sorted(effects)
+    layers = sorted(map(_layer, effects))
     ordered = [effects[n] for n in layers]
     ax, unit = _sheet(ax), ordered[0].unit
     ax.plot(layers, [e.slope for e in ordered], color=BLUE, marker="o", linewidth=2, label="slope")
@@ -115,6 +138,7 @@ def plot_shift(
     ax: "Axes | None" = None,
 ) -> "Axes":
     "Draw the probabilities of the next token, unsteered and steered."
+    _check_kind(shift, TokenShift, "next_token_shift")
     ax = _sheet(ax, height=0.6 + 0.36 * len(shift.tokens))
     places = range(len(shift.tokens))
     ax.barh([i - 0.2 for i in places], shift.before, 0.36, color=GREY, label="unsteered")
@@ -131,9 +155,10 @@ def plot_similarity(
     ax: "Axes | None" = None,
 ) -> "Axes":
     "Draw cosines between directions as a grid."
+    _check_kind(similarity, Similarity, "similarity")
     k = len(similarity.names)
     ax = _sheet(ax, width=1.6 + 0.6 * min(k, 10), height=1.2 + 0.5 * min(k, 10))
-    image = ax.imshow(similarity.values, cmap="PuOr_r", vmin=-1, vmax=1)
+    image = ax.imshow(similarity.values.tolist(), cmap="PuOr_r", vmin=-1, vmax=1)
     ax.set_xticks(range(k), similarity.names, rotation=0 if k < 6 else 90)
     ax.set_yticks(range(k), similarity.names)
     ax.figure.colorbar(image, ax=ax, label="cosine", shrink=0.8)
@@ -148,6 +173,7 @@ def plot_tokens(
     ax: "Axes | None" = None,
 ) -> "Axes":
     "Draw a number for each token of a text as bars."
+    _check_kind(values, TokenValues, "projections(...)[layer]")
     n = len(values.tokens)
     ax = _sheet(ax, width=max(5.0, 0.35 * n))
     ax.bar(range(n), values.values, color=[ORANGE if v >= 0 else BLUE for v in values.values])
@@ -165,6 +191,10 @@ def plot_projections(
 ) -> "Axes":
     "Draw the average projection of a text's tokens against the layer; of several texts, with their middle half."
     named = _by_name(projections, Projections, ProjectionSet)
+    if empty := [name for name, p in named.items() if not len(p)]:
+        raise ValueError(
+            f"There is nothing to draw{' for ' + repr(empty[0]) if empty[0] else ''}: no texts were measured."
+        )
     ax = _sheet(ax)
     for (name, p), (colour, marker) in zip(named.items(), _SERIES * len(named), strict=False):
         means = p.mean if isinstance(p, ProjectionSet) else torch.tensor([p.mean], device="cpu")
@@ -183,6 +213,7 @@ def plot_norms(
     ax: "Axes | None" = None,
 ) -> "Axes":
     "Draw a vector's norm by layer, beside the activations' where they are known."
+    check_vector(vector)
     ax, vector = _sheet(ax), from_front(vector)
     layers = sorted(vector.layer_activations)
     ax.plot(
@@ -204,6 +235,14 @@ def plot_contrast(
     ax: "Axes | None" = None,
 ) -> "Axes":
     "Draw two sets of activations along a direction and along the rest."
+    shapes = [tuple(getattr(t, "shape", ())) for t in (positive, negative, direction)]
+    d = shapes[2][0] if len(shapes[2]) == 1 else None
+    if any(len(shape) != 2 or shape[0] == 0 or shape[1] != d for shape in shapes[:2]):
+        raise ValueError(
+            f"Two sets of activations, (n, d) each, are drawn along one direction, (d,); these have shapes {shapes}."
+        )
+    if not direction.any():
+        raise ValueError("The direction is zero, so nothing lies along it.")
     ax = _sheet(ax, height=3.6)
     points = torch.cat([positive, negative]).detach().float().cpu()
     v = direction.detach().float().cpu()

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager
 from functools import partial, wraps
-from html import escape
 from threading import Thread
 from types import GeneratorType
 from typing import Any, TypeVar
@@ -407,6 +406,8 @@ def _as_text(handle: SteeringPatchHandle) -> str:
 def _as_html(handle: SteeringPatchHandle) -> str:
     "The same with colour: steered tokens on orange, padding in grey."
     style = "padding:1px 3px;margin:1px;border-radius:3px;display:inline-block;white-space:pre;"
+    from html import escape
+
     lines = [f"<div>{escape(_summary(handle))}</div>"]
     for row in _cells(handle):
         bar = len(row) - AHEAD

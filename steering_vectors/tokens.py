@@ -378,12 +378,12 @@ def _left_out(operand: Any) -> Node:
 
 def _token_ids(operand: Any) -> tuple[int, ...]:
     "Token ids, sorted, from one of them or from any collection."
-    flat = operand.reshape(-1).tolist() if hasattr(operand, "reshape") else operand
     try:
+        flat = operand.reshape(-1).tolist() if hasattr(operand, "reshape") else operand
         if isinstance(flat, (str, bytes, Mapping)):
             raise TypeError("It has members, but they are no ids.")
         ids = [_whole(i) for i in (flat if isinstance(flat, Iterable) else [flat])]
-    except TypeError:
+    except (TypeError, NotImplementedError):  # tensors on the meta device hold no numbers
         raise TypeError(
             f"What is left out after - must be Tokens, columns (a slice, a tensor of bools, Tokens.columns[...]), or token ids "
             f"(whole numbers: one, or a list of them), not {operand!r}."
@@ -436,13 +436,15 @@ def _columns(chosen: Any) -> Columns:
 def _is_mask(chosen: Any) -> bool:
     "Tensors, arrays and lists of bools are masks; lists of numbers are column numbers."
     if hasattr(chosen, "shape"):
-        return True
+        return bool(len(chosen.shape))
     inner = chosen if isinstance(chosen, (list, tuple)) else ()
     return len(inner) > 0 and all(isinstance(i, (bool, list, tuple)) for i in inner)
 
 
 def _mask(chosen: Any) -> Tensor:
     "A mask on the CPU, checked."
+    if getattr(chosen, "is_meta", False):
+        raise ValueError("This mask of tokens is on the meta device and holds no numbers. Make it on a real one.")
     try:
         mask = torch.as_tensor(chosen, device="cpu").detach()
     except (ValueError, RuntimeError):

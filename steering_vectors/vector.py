@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .baking import bake
-from .exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
 from .files import Provenance, VectorFile, VectorFolder, load_file, save_file
-from .foreign import Convention, read_vector_file
 from .layers import LayerType, ModelLayerConfig, _spans, check_layer_type
 from .operators import PatchDeltaOperator
 from .steering import SteeringPatchHandle, prepare_steering
@@ -27,6 +24,8 @@ from .tokens import Tokens, as_selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from steering_vectors.foreign import Convention
 
 # %% ../nbs/reference/vector.ipynb #7f75a765
 @dataclass(eq=False)
@@ -100,6 +99,9 @@ class SteeringVector:
     def __iter__(self) -> Iterator[int]:
         return iter(self.layer_activations)
 
+    def __reversed__(self) -> Iterator[int]:
+        return reversed(self.layer_activations)
+
     def __len__(self) -> int:
         return len(self.layer_activations)
 
@@ -157,11 +159,13 @@ class SteeringVector:
         cls,
         path: str | os.PathLike[str],  # a file of any program, recognised by its content
         layers: int | Iterable[int] | None = None,  # numbers as the file counts them; None: all it has
-        convention: Convention | None = None,  # what they count: block_output, block_input or hidden_states
+        convention: "Convention | None" = None,  # what they count: block_output, block_input or hidden_states
         layer_type: LayerType | None = None,  # the part of the block, where the file does not tell
         name: str | None = None,  # which tensor, where the file has several
     ) -> "SteeringVector":
         "Read a vector from a file that another program wrote: PyTorch, numpy, JSON, safetensors, GGUF."
+        from steering_vectors.foreign import read_vector_file
+
         return cls(*read_vector_file(path, layers, convention, layer_type, name))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
@@ -185,6 +189,8 @@ class SteeringVector:
         model_hint: str | None = None,  # the model's family; left out, the provenance's `model_type`
     ) -> None:
         "Write a control vector for llama.cpp."
+        from steering_vectors.exports import write_gguf
+
         write_gguf(path, *_parts(self), multiplier, model_hint)
 
     @classmethod
@@ -194,10 +200,14 @@ class SteeringVector:
         layer_shift: int = 0,  # added to every number of a layer
     ) -> "SteeringVector":
         "Read a control vector, whoever wrote it."
+        from steering_vectors.exports import read_gguf
+
         return cls(*read_gguf(path, layer_shift))
 
     def to_vllm_lens(self, multiplier: float = 1.0) -> dict[str, Any]:
         "What the vLLM plugin `vllm-lens` takes with a request, to steer every token of it; JSON values."
+        from steering_vectors.exports import vllm_lens_payload
+
         return vllm_lens_payload(self.layer_activations, self.layer_type, multiplier)
 
     def to_lm_eval(
@@ -208,6 +218,8 @@ class SteeringVector:
         layer_config: ModelLayerConfig | None = None,
     ) -> None:
         "Write a file for the evaluation harness: `lm_eval --model steered`."
+        from steering_vectors.exports import write_lm_eval
+
         write_lm_eval(path, self.layer_activations, self.layer_type, model, multiplier, layer_config)
 
     def bake(
@@ -219,6 +231,8 @@ class SteeringVector:
         as_llama: bool = False,  # write the copy as a Llama checkpoint
     ) -> "PreTrainedModel":  # plain: no hooks, no need of this library
         "A copy of `model` that has the vector in its weights."
+        from steering_vectors.baking import bake
+
         return bake(model, self.layer_activations, self.layer_type, multiplier, layer_config, operator, as_llama)
 
     # --- convert -----------------------------------------------------------------------------------------------------
@@ -267,6 +281,8 @@ def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
             raise ValueError(
                 f"The direction of layer {n} must be one row of floating-point numbers, shape (d,); it has shape {tuple(v.shape)} and dtype {v.dtype}."
             )
+        if v.is_meta:
+            raise ValueError(f"The direction of layer {n} is on the meta device and holds no numbers. Load it first.")
         out[n] = v.reshape(-1) if v.ndim != 1 else v
     return out
 
@@ -280,6 +296,7 @@ def _chosen(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list
     "The layers of `vector` that an index names."
     have, total = vector.layer_activations, vector.provenance.num_layers
     if isinstance(layers, slice):
+        layers = slice(*(None if i is None else _numbers(i)[0] for i in (layers.start, layers.stop, layers.step)))
         if total is None and any(i is not None and i < 0 for i in (layers.start, layers.stop)):
             raise ValueError(
                 f"{layers} counts from the model's end, but this vector does not know how many layers its model has. Use positive numbers."
@@ -420,8 +437,10 @@ def _common(a: Provenance, b: Provenance) -> Provenance:
 
 # %% ../nbs/reference/vector.ipynb #e66a683a
 def _is_number(x: object) -> bool:
-    "A number of Python, numpy or torch, and not a vector of them."
-    return hasattr(x, "__float__") and getattr(x, "ndim", 0) == 0 and not isinstance(x, (str, bool))
+    "A real number of Python, numpy or torch, and not a vector of them; a truth value is none."
+    kind = str(getattr(x, "dtype", "")).removeprefix("torch.")
+    no_number = isinstance(x, (str, bool)) or kind.startswith(("bool", "complex"))
+    return hasattr(x, "__float__") and getattr(x, "ndim", 0) == 0 and not no_number
 
 
 def _scaled(vector: SteeringVector, number: float, divide: bool = False) -> SteeringVector:

@@ -29,6 +29,7 @@ from steering_vectors.arguments import (
     as_layers,
     as_multipliers,
     at_layer,
+    check_ids,
     front,
     in_model,
     near,
@@ -44,7 +45,7 @@ from steering_vectors.effects import (
     sweep,
 )
 from .operators import PatchDeltaOperator, ablation_operator, ablation_then_addition_operator
-from .prompts import Prompt, Template
+from .prompts import Prompt, Template, prompt_ids
 from .tokens import Tokens
 from .vector import SteeringVector
 
@@ -684,6 +685,10 @@ def explore(
 ) -> Control:  # its axes: layer, multiplier, prompt, operator, tokens
     "A control over what `vector` does to the answer to `prompt`."
     here, total = in_model(model, vector, layer_config)
+    check_ids(model, prompt_ids(tokenizer, prompt, chat, add_generation_prompt, template))
+    for name, given in (("operators", operators), ("start", start)):
+        if not isinstance(given, (Mapping, type(None))):
+            raise TypeError(f"{name} is a mapping, with a name for each, not a {type(given).__name__}.")
     have = as_layers(None, here, total)
     some = have[len(have) // 4 :: max(1, len(have) // 3)][:3]
     shown = as_layers(some if layers is None else layers, here, total)

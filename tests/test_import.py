@@ -48,6 +48,14 @@ def test_importing_adds_little(statement: str) -> None:
     assert min(took for took, _ in runs) <= 0.3
 
 
+@pytest.mark.parametrize("module", ["baking", "exports", "foreign", "training", "effects", "widgets"])
+def test_a_vector_is_imported_without_what_only_some_methods_need(module: str) -> None:
+    code = "import sys; from steering_vectors import SteeringVector; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "steering_vectors.vector" in done.stdout.split()
+    assert f"steering_vectors.{module}" not in done.stdout.split()
+
+
 def test_the_names_of_0_12_come_first() -> None:
     assert steering_vectors.__all__[:20] == TWENTY
 
@@ -99,10 +107,13 @@ def elsewhere() -> dict[str, Any]:
     import torch.distributed
     import transformers
 
+    from steering_vectors.foreign import Convention
+
     names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedTokenizerBase")}
     return {
         **names,
         "Axes": matplotlib.axes.Axes,
+        "Convention": Convention,
         "ProcessGroup": torch.distributed.ProcessGroup,
         **{n: getattr(steering_vectors, n) for n in steering_vectors.__all__},
     }

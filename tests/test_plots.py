@@ -123,3 +123,55 @@ def test_the_default_device_is_not_drawn_on():
     finally:
         torch.set_default_device(None)
         plt.close("all")
+
+
+@pytest.mark.parametrize(
+    "draw", [p.plot_shift, p.plot_similarity, p.plot_tokens, p.plot_norms], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize(
+    "wrong", [None, "x", [], {}, 1.5, torch.ones(3), Effect("gap", "nats", (0.0,), torch.ones(1, 1))]
+)
+def test_what_cannot_be_drawn_is_named(draw, wrong):
+    with pytest.raises(TypeError, match="draws one|takes a SteeringVector"):
+        draw(wrong)
+    assert not plt.get_fignums()
+
+
+def test_two_results_of_one_name_are_refused():
+    e = Effect("gap", "nats", (0.0, 1.0), torch.ones(2, 2))
+    for named in ({1: e, "1": e}, {None: e, "None": e, "a": e}):
+        with pytest.raises(ValueError, match="the same name"):
+            p.plot_effect(named)
+
+
+def test_units_that_differ_are_all_written():
+    nats, logits = (Effect("gap", unit, (0.0, 1.0), torch.ones(2, 2)) for unit in ("nats a token", "logits"))
+    assert "(nats a token, logits)" in p.plot_effect({"a": nats, "b": logits}).get_ylabel()
+    assert p.plot_effect({"a": nats, "b": nats}).get_ylabel().count("nats") == 1
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", ["all", "12", True, 1.0, None])
+def test_effects_are_drawn_by_layers_numbers(name):
+    e = Effect("gap", "nats", (0.0, 1.0), torch.ones(2, 2))
+    with pytest.raises(TypeError, match="no layer's number"):
+        p.plot_layers({name: e, 3: e})
+
+
+def test_no_texts_are_no_picture():
+    for nothing in (ProjectionSet(()), {"joy": ProjectionSet(())}):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            p.plot_projections(nothing)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3, 4), (3, 5), (4,)), ((3, 4), (3, 4), (5,)), ((4,), (3, 4), (4,)), ((0, 4), (3, 4), (4,))], ids=repr
+)
+def test_a_contrast_has_two_sets_and_a_direction(shapes):
+    with pytest.raises(ValueError, match="these have shapes"):
+        p.plot_contrast(*(torch.ones(*shape) for shape in shapes))
+
+
+def test_nothing_lies_along_a_zero_direction():
+    with pytest.raises(ValueError, match="The direction is zero"):
+        p.plot_contrast(torch.randn(3, 4), torch.randn(3, 4), torch.zeros(4))
