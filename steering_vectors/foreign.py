@@ -373,11 +373,12 @@ def numbered(
         out[int(n or 0)] = rows[0]
     one = told_beside(rest).layer
     fields = rows_beside(rest) if one is None else [one]
+    out = out if layers is None else chosen(out, layers)
     if fields is not None and (other := [n for n in out if n not in fields]):
         raise ValueError(
             f"its fields name {listed(fields)}, and its tensors {listed(other)}. Save them as {{layer: tensor}}."
         )
-    return out if layers is None else chosen(out, layers)
+    return out
 
 
 def numbered_rows(
@@ -460,6 +461,10 @@ def harness_steps(
     value: Any,  # from a file
 ) -> dict[str, dict[str, Any]] | None:  # by module; None: it is no such file
     "The steps of a file for the evaluation harness, if that is what it is."
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, Mapping) and "hookpoint" in v for v in value):
+        if len(found := {str(v["hookpoint"]): v for v in value}) < len(value):
+            raise ValueError("it has several steps at one module, of which each would replace the one before.")
+        value = found
     steps = isinstance(value, Mapping) and value and all(isinstance(v, Mapping) for v in value.values())
     return dict(value) if steps and all("steering_vector" in v for v in value.values()) else None
 

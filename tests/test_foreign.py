@@ -587,6 +587,13 @@ def test_a_name_and_a_field_that_disagree_are_refused(tmp_path, value):
         directions(tmp_path / "v.pt", convention="block_output")
 
 
+def test_a_layer_that_a_field_and_a_name_agree_on_is_read(tmp_path):
+    torch.save({"layer": 3, "directions": {2: BLOCKS[0], 3: BLOCKS[1]}}, tmp_path / "v.pt")
+    assert list(directions(tmp_path / "v.pt", 3, "block_output")) == [3]
+    with pytest.raises(ValueError, match="its fields name 3, and its tensors 2"):
+        directions(tmp_path / "v.pt", 2, "block_output")
+
+
 @pytest.mark.parametrize("layers", [None, 1, 3, [2]])
 def test_a_field_for_one_layer_and_many_rows_are_refused(tmp_path, layers):
     "Rows may be layers, features of an autoencoder, or samples."
@@ -664,3 +671,15 @@ def test_lists(tmp_path):
     (tmp_path / "v.json").write_text(json.dumps([entry, entry]))
     with pytest.raises(ValueError, match="a list of 2 things. Put the one that is wanted"):
         directions(tmp_path / "v.json")
+
+
+def test_a_harness_file_may_be_a_list(tmp_path):
+    "As the harness's own description has it."
+    step = {"steering_vector": BLOCKS[0], "steering_coefficient": 2.0, "action": "add", "bias": None}
+    for steps in ([{"hookpoint": "layers.1"} | step], [{"hookpoint": f"layers.{n}"} | step for n in (1, 3)]):
+        torch.save(steps, tmp_path / "v.pt")
+        got = directions(tmp_path / "v.pt")
+        assert list(got) == [1, 3][: len(steps)] and all(torch.equal(v, 2 * BLOCKS[0]) for v in got.values())
+    torch.save([{"hookpoint": "layers.1"} | step] * 2, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match="several steps at one module"):
+        directions(tmp_path / "v.pt")
