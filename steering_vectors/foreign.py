@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Convention', 'ROW_FIELDS', 'SPELLED', 'PARTS', 'INSIDE', 'SEVERAL', 'LAYER_FIELDS', 'HOOK_FIELDS', 'MODEL_FIELDS',
            'ASK', 'AFTER_THE_NORM', 'open_torch', 'open_numpy', 'open_json', 'as_direction', 'flattened', 'stacked',
-           'sorted_out', 'as_json', 'Told', 'standing_alone', 'told_by', 'told_beside', 'rows_beside', 'listed',
-           'why_unsure', 'rows_of', 'picked', 'numbered', 'numbered_rows', 'chosen', 'agreed', 'as_blocks',
+           'sorted_out', 'as_json', 'Told', 'standing_alone', 'told_by', 'told_beside', 'rows_beside', 'layer_list',
+           'listed', 'why_unsure', 'rows_of', 'picked', 'numbered', 'numbered_rows', 'chosen', 'agreed', 'as_blocks',
            'harness_steps', 'harness_tensors', 'of_neuronpedia', 'opened', 'read_foreign', 'last_of', 'one_of',
            'story_of', 'read_vector_file', 'whole_numbers']
 
@@ -274,18 +274,27 @@ def rows_beside(
     rest: Mapping[str, Any],  # what a file holds beside its tensors
 ) -> list[int] | None:  # None: nothing
     "The numbers of a tensor's rows, if a field of the file lists them."
-    for name, value in rest.items():
-        if name.rpartition(".")[2].lower() not in ROW_FIELDS:
-            continue
-        if isinstance(value, str) and ("," in value or value.strip().startswith("[")):
-            value = [part.strip(" '\"") for part in value.strip(" []()").split(",")]
-        if isinstance(value, list) and value:
-            numbers = [str(n).removesuffix(".0") for n in value]
-            if all(re.fullmatch(r"-?\d{1,6}", n) for n in numbers):
-                return [int(n) for n in numbers]
-            told = [n for n in (told_by(n).layer for n in numbers) if n is not None]
-            return told if len(told) == len(value) else None
-    return None
+    fields = [value for name, value in rest.items() if name.rpartition(".")[2].lower() in ROW_FIELDS]
+    lists = [numbers for value in fields if (numbers := layer_list(value))]
+    if any(numbers != lists[0] for numbers in lists):
+        raise ValueError(f"its fields disagree about its layers: {listed(lists)}.")
+    if lists and len({*lists[0]}) < len(lists[0]):
+        raise ValueError(f"its fields name a layer twice: {lists[0]}. Save what is wanted as {{layer: tensor}}.")
+    return lists[0] if lists else None
+
+
+def layer_list(
+    value: Any,  # of a field
+) -> list[int] | None:  # None: it is no list of layers
+    "The numbers of layers in a list or in a text that spells one."
+    if isinstance(value, str) and ("," in value or value.strip().startswith("[")):
+        value = [part.strip(" '\"") for part in value.strip(" []()").split(",")]
+    if not isinstance(value, list):
+        return None
+    items = [str(n).removesuffix(".0") for n in value]
+    numbers = [int(n) if re.fullmatch(r"-?\d{1,6}", n) else told_by(n).layer for n in items]
+    found = [n for n in numbers if n is not None]
+    return found if len(found) == len(value) else None
 
 
 def listed(

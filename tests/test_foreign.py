@@ -683,3 +683,13 @@ def test_a_harness_file_may_be_a_list(tmp_path):
     torch.save([{"hookpoint": "layers.1"} | step] * 2, tmp_path / "v.pt")
     with pytest.raises(ValueError, match="several steps at one module"):
         directions(tmp_path / "v.pt")
+
+
+@pytest.mark.parametrize("suffix", HOLDING)
+@pytest.mark.parametrize("field, words", [
+    ({"layers": [3, 3]}, "name a layer twice"), ({"layers": ["layer_3", "3"]}, "name a layer twice"),
+    ({"layers": [3, 4], "layer_ids": [4, 5]}, "disagree about its layers"), ({"target_layers": [3], "layers": [3, 4]}, "disagree about its layers"),
+])  # fmt: skip
+def test_fields_that_cannot_both_be_right(tmp_path, suffix, field, words):
+    with pytest.raises(ValueError, match=words):
+        directions(held(tmp_path, suffix, {"vectors": STATES[:2]} | field), convention="block_output")
