@@ -313,6 +313,8 @@ def unplain(
         return f"a {type(value).__name__}"
     if value.is_meta:
         return "on the device meta, without numbers"
+    if value.layout != torch.strided:
+        return f"of the layout {value.layout}"
     return None if value.dtype in PLAIN else str(value.dtype)
 
 

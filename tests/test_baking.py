@@ -276,6 +276,11 @@ def shadowed(linear):
     return made
 
 
+def laid_out(linear, how):
+    linear.weight = nn.Parameter(how(linear.weight.data), requires_grad=False)
+    return linear
+
+
 QUANTISED = {
     "tensor subclass": (subclassed, "a Packed"),
     "float8_e4m3fn": (lambda m: eight_bits(m, torch.float8_e4m3fn), "torch.float8_e4m3fn"),
@@ -285,6 +290,8 @@ QUANTISED = {
     "buffers": (GPTQLinear, "torch.int32"),
     "packed parameters": (PackedLinear, "torch.int32"),
     "no tensor": (shadowed, "a dict"),
+    "sparse": (lambda m: laid_out(m, torch.Tensor.to_sparse), "the layout torch.sparse_coo"),
+    "sparse rows": (lambda m: laid_out(m, torch.Tensor.to_sparse_csr), "the layout torch.sparse_csr"),
     "offloaded": (lambda m: m.to("meta"), "on the device meta"),
 }
 

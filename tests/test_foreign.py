@@ -510,3 +510,186 @@ def test_any_bytes_are_read_or_refused_by_name(tmp_path, data, begin):
         read_vector_file(path, 1, "block_output")
     except ValueError as e:
         assert str(path) in str(e)
+
+
+def held(tmp_path, suffix, value):
+    "A file with tensors and other things in it, as `torch.save`, numpy, JSON or safetensors have them."
+    path = tmp_path / f"v{suffix}"
+    tensors = {k: v for k, v in value.items() if isinstance(v, torch.Tensor)}
+    rest = {k: v for k, v in value.items() if k not in tensors}
+    if suffix == ".pt":
+        torch.save(value, path)
+    elif suffix == ".npz":
+        np.savez_compressed(
+            path, **{k: v.numpy() for k, v in tensors.items()}, **{k: np.array(v) for k, v in rest.items()}
+        )
+    elif suffix == ".json":
+        path.write_text(json.dumps({k: v.tolist() for k, v in tensors.items()} | rest))
+    else:
+        save_safetensors(
+            {k: v.contiguous() for k, v in tensors.items()}, path, metadata={k: str(v) for k, v in rest.items()}
+        )
+    return path
+
+
+HOLDING = [".pt", ".npz", ".json", ".safetensors"]
+
+
+@pytest.mark.parametrize("suffix", HOLDING)
+@pytest.mark.parametrize("field", [
+    {"layers": [18, 19]}, {"layer": [18, 19]}, {"target_layers": [18, 19]}, {"layers": ["layer_18", "layer_19"]}, {"layers": ["18", "19"]},
+    {"layer_indices": [18.0, 19.0]},
+])  # fmt: skip
+@pytest.mark.parametrize("name", [None, "vectors"])
+def test_a_field_numbers_the_rows_in_every_format(tmp_path, suffix, field, name):
+    path = held(tmp_path, suffix, {"vectors": STATES[:2]} | field)
+    got = directions(path, convention="block_output", name=name)
+    assert list(got) == [18, 19] and torch.equal(got[18], STATES[0]) and torch.equal(got[19], STATES[1])
+    assert list(directions(path, 19, "hidden_states", name=name)) == [18]
+    with pytest.raises(ValueError, match="no layer 1"):
+        directions(path, 1, "block_output", name=name)
+
+
+@pytest.mark.parametrize("suffix", HOLDING)
+@pytest.mark.parametrize("field", [
+    {"start_layer": 10}, {"first_layer": 10}, {"layer_offset": 10}, {"layer_range": [10, 12]}, {"layers": ["early", "late"]}, {"num_layers": 30}, {"layers": 30}, {"n_layers": 40},
+])  # fmt: skip
+def test_rows_that_may_be_other_layers_are_asked_for(tmp_path, suffix, field):
+    path = held(tmp_path, suffix, {"vectors": STATES[:2]} | field)
+    for layers in (None, 1, [0]):
+        with pytest.raises(ValueError, match="so its rows may not be layers 0 to 1"):
+            directions(path, layers, "block_output")
+    got = directions(path, [10, 11], "block_output")
+    assert list(got) == [10, 11] and torch.equal(got[11], STATES[1])
+
+
+@pytest.mark.parametrize(
+    "field", [{"num_layers": 4}, {"n_layers": 5}, {"start_layer": 0}, {"layer_type": "x"}, {"seed": 3}]
+)
+@pytest.mark.parametrize("suffix", HOLDING)
+def test_rows_that_fit_what_the_file_tells_are_read(tmp_path, suffix, field):
+    assert list(directions(held(tmp_path, suffix, {"vectors": STATES} | field), convention="block_output")) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+@pytest.mark.parametrize("value", [
+    {"0": {"layer": 18, "vector": BLOCKS[0]}}, {"layers": [18, 19], "vectors": {"0": BLOCKS[0], "1": BLOCKS[1]}},
+    {"layer": 18, "directions": {0: BLOCKS[0], 1: BLOCKS[1]}}, {"hook_name": "blocks.3.hook_resid_post", "layer_2": BLOCKS[0]},
+])  # fmt: skip
+def test_a_name_and_a_field_that_disagree_are_refused(tmp_path, value):
+    torch.save(value, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match="its fields name .*, and its tensors"):
+        directions(tmp_path / "v.pt", convention="block_output")
+
+
+def test_a_layer_that_a_field_and_a_name_agree_on_is_read(tmp_path):
+    torch.save({"layer": 3, "directions": {2: BLOCKS[0], 3: BLOCKS[1]}}, tmp_path / "v.pt")
+    assert list(directions(tmp_path / "v.pt", 3, "block_output")) == [3]
+    with pytest.raises(ValueError, match="its fields name 3, and its tensors 2"):
+        directions(tmp_path / "v.pt", 2, "block_output")
+
+
+@pytest.mark.parametrize("layers", [None, 1, 3, [2]])
+def test_a_field_for_one_layer_and_many_rows_are_refused(tmp_path, layers):
+    "Rows may be layers, features of an autoencoder, or samples."
+    torch.save({"hook_name": "blocks.3.hook_resid_post", "W_dec": STATES}, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match="its fields name 3, and its tensor has 5 rows"):
+        directions(tmp_path / "v.pt", layers, "block_output")
+
+
+def test_rows_for_layers_counted_from_the_end(tmp_path):
+    path = write(tmp_path / "v.pt", STATES[:2])
+    got = directions(path, [-2, -1], "block_output")
+    assert list(got) == [-2, -1] and torch.equal(got[-1], STATES[1])
+    assert list(directions(path, [-2, -1], "block_input")) == [-3, -2]
+    with pytest.raises(ValueError, match="may be rows of its tensor or their numbers"):
+        directions(path, [-1, -2], "block_output")
+    assert list(directions(write(tmp_path / "v.pt", STATES), -1, "block_output")) == [4]
+
+
+@pytest.mark.parametrize("suffix", DICTS)
+@pytest.mark.parametrize(
+    "name", ["llama-3.1", "Qwen2.5", "mean_v0.2", "layers_10_20", "layers_10-20", "layer 3 to 7", "layers 3:7", "-1.18"]
+)
+def test_other_numbers_are_no_layers(tmp_path, suffix, name):
+    path = write(tmp_path / f"v{suffix}", {name: BLOCKS[0]})
+    with pytest.raises(ValueError, match="which layer its direction is for"):
+        directions(path, convention="block_output")
+    assert list(directions(path, 18, "block_output")) == [18]
+    if name.startswith("layers_"):
+        with pytest.raises(ValueError, match="is of certain layers"):
+            directions(write(tmp_path / f"v{suffix}", {name: STATES}), convention="block_output")
+
+
+@pytest.mark.parametrize("source", ["2024-05-01", "arXiv:2406.11717", "arXiv 2401.5", "7"])
+def test_where_a_file_comes_from_is_no_layer(tmp_path, source):
+    path = held(tmp_path, ".safetensors", {"v": BLOCKS[0], "source": source})
+    assert list(directions(path, 18, "block_output")) == [18]
+    with pytest.raises(ValueError, match="which layer its direction is for"):
+        directions(path, convention="block_output")
+
+
+@pytest.mark.parametrize("name", [
+    "layer_3_attn_out", "mlp_layer_3", "mlp.3", "model.layers.3.linear_attn", "model.layers.3.block_sparse_moe", "layers.3.feed_forward",
+    "layer_3.o_proj", "decoder.layers.3.self_attn_layer_norm", "transformer.h.3.ln_f", "layer_3_head_2",
+])  # fmt: skip
+def test_a_part_of_a_block_is_never_taken_for_the_block(tmp_path, name):
+    path = write(tmp_path / "v.pt", {name: BLOCKS[0]})
+    with pytest.raises(ValueError, match="may be a part of the block. Pass layer_type="):
+        directions(path, convention="block_output")
+    assert SteeringVector.from_file(path, convention="block_output", layer_type="mlp").layer_type == "mlp"
+
+
+@pytest.mark.parametrize(
+    "name", ["normalised_layer_3", "layer_3.headline", "format.layers.3", "attentive.3", "layer_3.normed"]
+)
+def test_words_that_only_begin_like_a_part(tmp_path, name):
+    assert list(directions(write(tmp_path / "v.pt", {name: BLOCKS[0]}), convention="block_output")) == [3]
+
+
+def test_whole_numbers_in_json_are_no_direction(tmp_path):
+    for value in ({"input_ids": [1, 2, 3]}, [1, 2, 3], {"18": [1, 0]}, {"shape": [[1, 2], [3, 4]]}):
+        (tmp_path / "v.json").write_text(json.dumps(value))
+        with pytest.raises(ValueError, match="no tensor of floating-point numbers"):
+            directions(tmp_path / "v.json", 3, "block_output")
+    (tmp_path / "v.json").write_text('{"tokens": [5, 7], "layer": 18, "vector": [1, 0.5, 0]}')
+    assert torch.equal(directions(tmp_path / "v.json", convention="block_output")[18], torch.tensor([1.0, 0.5, 0.0]))
+
+
+def test_lists(tmp_path):
+    torch.save({"layers": [18, 3], "vectors": [BLOCKS[0], BLOCKS[1]]}, tmp_path / "v.pt")
+    got = directions(tmp_path / "v.pt", convention="block_output")
+    assert torch.equal(got[18], BLOCKS[0]) and torch.equal(got[3], BLOCKS[1])
+    entry = {"layer": 18, "vector": BLOCKS[0].tolist(), "hookName": "blocks.18.hook_resid_pre"}
+    (tmp_path / "v.json").write_text(json.dumps([entry]))
+    assert list(directions(tmp_path / "v.json")) == [17]
+    (tmp_path / "v.json").write_text(json.dumps([entry, entry]))
+    with pytest.raises(ValueError, match="a list of 2 things. Put the one that is wanted"):
+        directions(tmp_path / "v.json")
+
+
+def test_a_harness_file_may_be_a_list(tmp_path):
+    "As the harness's own description has it."
+    step = {"steering_vector": BLOCKS[0], "steering_coefficient": 2.0, "action": "add", "bias": None}
+    for steps in ([{"hookpoint": "layers.1"} | step], [{"hookpoint": f"layers.{n}"} | step for n in (1, 3)]):
+        torch.save(steps, tmp_path / "v.pt")
+        got = directions(tmp_path / "v.pt")
+        assert list(got) == [1, 3][: len(steps)] and all(torch.equal(v, 2 * BLOCKS[0]) for v in got.values())
+    torch.save([{"hookpoint": "layers.1"} | step] * 2, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match="several steps at one module"):
+        directions(tmp_path / "v.pt")
+
+
+@pytest.mark.parametrize("suffix", HOLDING)
+@pytest.mark.parametrize("field, words", [
+    ({"layers": [3, 3]}, "name a layer twice"), ({"layers": ["layer_3", "3"]}, "name a layer twice"),
+    ({"layers": [3, 4], "layer_ids": [4, 5]}, "disagree about its layers"), ({"target_layers": [3], "layers": [3, 4]}, "disagree about its layers"),
+])  # fmt: skip
+def test_fields_that_cannot_both_be_right(tmp_path, suffix, field, words):
+    with pytest.raises(ValueError, match=words):
+        directions(held(tmp_path, suffix, {"vectors": STATES[:2]} | field), convention="block_output")
