@@ -443,6 +443,10 @@ class FoundLayers(Mapping[LayerType, dict[int, str]]):
     def __contains__(self, layer_type: object) -> bool:
         return any(layer_type == kind for kind in self)
 
+    def get(self, layer_type: Any, default: Any = None) -> Any:
+        "As a dictionary's, where indexing refuses what is no layer type."
+        return self[layer_type] if layer_type in self else default
+
     def __iter__(self) -> Iterator[LayerType]:
         return (kind for kind, names in self.layers.items() if names)
 

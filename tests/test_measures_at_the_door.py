@@ -15,6 +15,7 @@ from steering_vectors import (
     answer_gap,
     completion_gap,
     explore,
+    find_layers,
     multiplier_limit,
     next_token_shift,
     projections,
@@ -254,3 +255,12 @@ def test_one_column_is_no_mask(number):
     for make in (lambda: Tokens.prompt | number, lambda: number & Tokens.prompt):
         with pytest.raises(TypeError, match="a list of column numbers"):
             make()
+
+
+def test_found_layers_answer_as_a_dictionary(tiny):
+    found = find_layers(tiny[0])
+    assert found.get("mlp") == found["mlp"] and dict(found).keys() == set(found)
+    for name in ("mpl", 1, None, True):
+        assert found.get(name) is None and found.get(name, 3) == 3 and name not in found
+    with pytest.raises(ValueError, match="Unknown layer_type 'mpl'"):
+        found["mpl"]
