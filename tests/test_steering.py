@@ -341,3 +341,27 @@ def test_gradient_checkpointing(ids: Tensor) -> None:
     with within.apply(model, min_token_index=2), pytest.raises(ValueError, match="Gradient checkpointing"):
         model(ids, use_cache=False).logits.sum().backward()
     assert plain.hooks_on(model) == before
+
+
+@pytest.mark.parametrize("say", [{}, {"min_token_index": 2}, {"token_indices": [0, 3]}], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_whole_blocks_under_gradient_checkpointing(ids: Tensor, say: Any, reentrant: bool) -> None:
+    "The edit comes after what is run again, so it does not matter when or for which tokens."
+
+    def gradients(checkpointing: bool, inside: bool) -> list[Tensor]:
+        model, v = tiny_model("llama").train(), direction(1).requires_grad_()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        with SteeringVector({1: v}).apply(model, multiplier=2, operator=ablation_operator(), **say):
+            loss = model(ids, use_cache=False).logits.pow(2).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return [v.grad, *(layer.mlp.down_proj.weight.grad for layer in model.model.layers)]
+
+    wanted = gradients(False, True)
+    for inside in (True, False):
+        assert all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(gradients(True, inside), wanted, strict=True)
+        )
