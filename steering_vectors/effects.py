@@ -940,17 +940,17 @@ def projections(
 def multiplier_limit(
     vector: SteeringVector,
     layer: Layer = "all",  # where it will act
-    fraction: float = 1.0,  # of the activations' median norm
+    fraction: float = 1.0,  # of the activations' median norm; negative on the other side
 ) -> float:
     "The multiplier at which `vector` is `fraction` as long as the activations."
     check_vector(vector)
     wanted = as_number(fraction, "fraction is a number, 1 for as long as the activations")
-    if not 0 < wanted < math.inf:
-        raise ValueError(f"fraction must be more than 0 and finite; it is {wanted}.")
+    if not wanted or not math.isfinite(wanted):
+        raise ValueError(f"fraction must be finite and not 0; it is {wanted}.")
     chosen = at_layer(vector, layer).layer_activations
     norms = {n: x for n, x in (vector.provenance.activation_norms or {}).items() if x}
     if not norms:
-        return 3.0
+        return math.copysign(3.0, wanted)
     if behind := [n for n in chosen if n < 0]:
         raise ValueError(
             f"Layer {behind[0]} counts from the end, and this vector does not know how many layers its model has. "
@@ -958,4 +958,4 @@ def multiplier_limit(
         )
     near = {n: norms[min(norms, key=lambda known: abs(known - n))] for n in chosen}
     share = sum(float(a.float().norm()) / near[n] for n, a in chosen.items())
-    return wanted / share if share else 3.0
+    return wanted / share if share else math.copysign(3.0, wanted)

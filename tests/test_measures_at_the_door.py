@@ -98,8 +98,8 @@ def test_a_multiplier_too_large_for_a_float_is_refused(tiny):
         sweep(*tiny, "Hi", multipliers=[10**400], max_new_tokens=1)
 
 
-@pytest.mark.parametrize("fraction", ["a", True, None, torch.ones(2), 0, -1, math.nan, math.inf])
-def test_a_fraction_is_a_positive_number(fraction):
+@pytest.mark.parametrize("fraction", ["a", True, None, torch.ones(2), 0, -0.0, math.nan, -math.inf])
+def test_a_fraction_is_a_finite_number(fraction):
     known = SteeringVector({1: torch.ones(4)}, provenance=Provenance(activation_norms={1: 10.0}))
     for v in (known, SteeringVector({1: torch.ones(4)})):
         with pytest.raises((TypeError, ValueError), match="fraction"):
@@ -111,6 +111,8 @@ def test_the_limit_is_a_plain_number():
     for fraction in (0.5, Fraction(1, 2), np.float32(0.5), torch.tensor(0.5)):
         limit = multiplier_limit(known, fraction=fraction)
         assert type(limit) is float and limit == 2.5
+        assert multiplier_limit(known, fraction=-fraction) == -2.5
+    assert multiplier_limit(SteeringVector({1: torch.ones(4)}), fraction=-1) == -3.0
     for wrong in ({1: torch.ones(4)}, torch.ones(4), None):
         with pytest.raises(TypeError, match="takes a SteeringVector"):
             multiplier_limit(wrong)
