@@ -29,7 +29,7 @@ from steering_vectors.calls import (
     tensors,
     unknown_states,
 )
-from .hooks import Attachment, uncopied
+from .hooks import Attachment, take_off, uncopied
 from .layers import block_holder, resolve_layers, unwrap
 from .tokens import Place, Prompt, Selection, Tokens, select
 
@@ -559,23 +559,26 @@ class Doors(Attachment):
             )
         except (ValueError, StopIteration):
             self.first = None
-        self.hooks: list[Any] = []
+        self.hooks: list[tuple[nn.Module, Any]] = []
 
     def _attach(self) -> None:
         listeners: list[tuple[nn.Module, Any, Any]] = [(self.holder, self._enter, self._leave)]
         if self.holder is not self.model:
             listeners.append((self.model, self._enter_outer, self._leave_outer))
         for module, enter, leave in listeners:
-            self.hooks.append(module.register_forward_pre_hook(uncopied(enter), with_kwargs=True, prepend=True))
-            self.hooks.append(module.register_forward_hook(uncopied(leave), always_call=True))
+            self._put(module, module.register_forward_pre_hook, enter, with_kwargs=True, prepend=True)
+            self._put(module, module.register_forward_hook, leave, always_call=True)
         if self.first is not None:
-            self.hooks.append(
-                self.first.register_forward_pre_hook(uncopied(self._begin), with_kwargs=True, prepend=True)
-            )
+            self._put(self.first, self.first.register_forward_pre_hook, self._begin, with_kwargs=True, prepend=True)
+
+    def _put(self, module: nn.Module, register: Callable[..., Any], listener: Callable[..., Any], **how: bool) -> None:
+        hook = uncopied(listener)
+        self.hooks.append((module, hook))  # noted first: Ctrl-C may come before `register` has returned
+        register(hook, **how)
 
     def _remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        for module, hook in self.hooks:
+            take_off(module, hook)
         self.hooks = []
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
