@@ -281,8 +281,6 @@ def _checked(activations: Mapping[int, Any]) -> dict[int, Tensor]:
             raise ValueError(
                 f"The direction of layer {n} must be one row of floating-point numbers, shape (d,); it has shape {tuple(v.shape)} and dtype {v.dtype}."
             )
-        if v.is_meta:
-            raise ValueError(f"The direction of layer {n} is on the meta device and holds no numbers. Load it first.")
         out[n] = v.reshape(-1) if v.ndim != 1 else v
     return out
 
@@ -363,8 +361,9 @@ def _description(vector: SteeringVector) -> str:
 
 
 def _norms(vector: SteeringVector) -> dict[int, float]:
-    "The length of each direction, computed in float64: a float16 overflows at 65504."
-    return {n: float(v.detach().double().norm()) for n, v in vector.layer_activations.items()}
+    "The length of each direction, computed in float64: a float16 overflows at 65504. NaN where there are no numbers."
+    lengths = {n: v.detach().double().norm() for n, v in vector.layer_activations.items()}
+    return {n: math.nan if length.is_meta else float(length) for n, length in lengths.items()}
 
 
 def _span(numbers: Sequence[float]) -> str:

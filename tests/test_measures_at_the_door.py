@@ -237,10 +237,10 @@ def test_a_vector_is_scaled_by_real_numbers(tiny, wrong):
             scale(tiny[2])
 
 
-def test_a_direction_holds_numbers(tiny):
-    for make in (lambda: SteeringVector({1: torch.ones(4, device="meta")}), lambda: tiny[2].to("meta")):
-        with pytest.raises(ValueError, match="layer 1 is on the meta device and holds no numbers"):
-            make()
+def test_a_direction_without_numbers_is_shown_without_a_length(tiny):
+    "Models on the meta device are steered with such directions, to try shapes."
+    for v in (SteeringVector({1: torch.ones(4, device="meta")}), tiny[2].to("meta")):
+        assert "norm nan" in repr(v) and "nan" in v._repr_markdown_()
 
 
 def test_a_mask_holds_numbers():
