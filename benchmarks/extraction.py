@@ -194,20 +194,22 @@ def limit(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, flo
     import torch
 
     from steering_vectors import train_steering_vector
-    from steering_vectors.extraction import Way, _verdicts, jobs, token_budget_of
-    from steering_vectors.passes import Quicker, inner_model
-    from steering_vectors.samples import encode_samples
+    from steering_vectors.train.batches import inner_model
+    from steering_vectors.train.kernels import FastKernels
+    from steering_vectors.train.reading import encode_samples
+    from steering_vectors.train.schedules import Strategy, plan_batches, token_budget_of
+    from steering_vectors.train.strategies import _verdicts
 
     pairs = pairs_of(tokenizer, file, n)
     texts = dict(enumerate(text for pair in encode_samples(tokenizer, pairs) for text in pair))
     inner = inner_model(model)
-    packed = [job.make() for job in jobs(Way("packed"), inner, texts, token_budget_of(model))]
+    packed = [job.make() for job in plan_batches(Strategy("packed"), inner, texts, token_budget_of(model))]
 
     def bare() -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
         with torch.no_grad():
             for one in packed:
-                with Quicker(one.attention):
+                with FastKernels(one.attention):
                     inner(**one.inputs, use_cache=False)
         return time.perf_counter() - wall, time.process_time() - cpu
 
@@ -261,17 +263,18 @@ def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, 
     "In bfloat16: how far from float32 plain and packed passes are, and whether a branch sees its siblings."
     import torch
 
-    from steering_vectors.extraction import Request, Way, jobs
-    from steering_vectors.passes import PassReader, inner_model
-    from steering_vectors.samples import EncodedText, encode_samples
+    from steering_vectors.train.batches import PassReader, inner_model
+    from steering_vectors.train.reading import EncodedText, encode_samples
+    from steering_vectors.train.requests import Request
+    from steering_vectors.train.schedules import Strategy, plan_batches
 
     texts = dict(enumerate(text for p in encode_samples(tokenizer, pairs_of(tokenizer, file, n)) for text in p))
     inner, modules = inner_model(model), Request().modules(model)
 
-    def read(way: Way, texts: dict[int, Any]) -> torch.Tensor:
+    def read(way: Strategy, texts: dict[int, Any]) -> torch.Tensor:
         "Activations (layers, texts, d), as computed."
         with torch.no_grad(), PassReader(inner, modules) as reader:
-            done = [(job.numbers, reader.run(job.make())) for job in jobs(way, inner, texts, 2048)]
+            done = [(job.numbers, reader.run(job.make())) for job in plan_batches(way, inner, texts, 2048)]
         at = {number: i for i, number in enumerate(n for numbers, _ in done for n in numbers)}
         return torch.stack([torch.cat([acts[layer] for _, acts in done])[[at[n] for n in texts]] for layer in modules])
 
@@ -281,12 +284,12 @@ def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, 
     def apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a - b).norm(dim=-1) / b.norm(dim=-1)
 
-    exact = read(Way("single"), texts)
+    exact = read(Strategy("single"), texts)
     model.to(torch.bfloat16)
     by_pair, found = {}, {}
     print("bfloat16 from float32, over all layers:   a text   a pair's difference   the vector (worst layer)")
     for name, way in {"one text a pass": "single", "padded batches": "padded", "packed rows": "packed"}.items():
-        h = read(Way(way), texts).float()
+        h = read(Strategy(way), texts).float()
         by_pair[way] = apart(differences(h), differences(exact)).mean(0)
         vector = apart(differences(h).mean(1), differences(exact).mean(1))
         line = [float(x) for x in (apart(h, exact).mean(), by_pair[way].mean(), vector.mean(), vector.max())]
@@ -299,7 +302,7 @@ def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, 
     )
     changed = {**texts, 1: EncodedText([*texts[1].ids[:-1], texts[1].ids[-1] + 1], texts[1].read)}
     others = [n != 1 for n in texts]
-    a, b = (read(Way("packed"), t)[:, others] for t in (texts, changed))
+    a, b = (read(Strategy("packed"), t)[:, others] for t in (texts, changed))
     leaks = sum(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
     print(f"one branch changed: {leaks} of {len(a)} layers differ in any other text")
     return {**found, "further": float(more.mean()), "standard_error": error, "leaks": leaks}

@@ -16,7 +16,7 @@ ROOT = _pages.ROOT
 
 def snapshot() -> dict[Path, bytes]:
     "Every file that is derived from a notebook, and the notebooks."
-    files = [*_pages.find(), *(ROOT / "steering_vectors").glob("*.py"), ROOT / "README.md", ROOT / "nbs" / "nbdev.yml"]
+    files = [*_pages.find(), *(ROOT / "steering_vectors").rglob("*.py"), ROOT / "README.md", ROOT / "nbs" / "nbdev.yml"]
     return {p.relative_to(ROOT): p.read_bytes() for p in files if p.exists()}
 
 
@@ -34,7 +34,7 @@ def orphans() -> list[str]:
     "Modules that no notebook exports."
     sources = "\n".join(p.read_text(encoding="utf-8") for p in _pages.find())
     taught = {name.replace(".", "/") for name in re.findall(r"#\|\s*default_exp ([\w.]+)", sources)}
-    modules = {p.stem for p in (ROOT / "steering_vectors").glob("*.py")} - {"__init__", "_modidx"}
+    modules = {p.stem for p in (ROOT / "steering_vectors").rglob("*.py")} - {"__init__", "_modidx"}
     return [f"steering_vectors/{name}.py is exported by no notebook" for name in sorted(modules - taught)]
 
 

@@ -275,7 +275,8 @@ def build(model_type: str, mapping: dict[str, str] | None = None) -> PreTrainedM
 
 def describe(found: Any) -> dict[str, Any]:
     "What `find_layers` found, short enough to commit: templates, and the numbers where not every block has the part."
-    from steering_vectors.layers import _spans, _templates
+    from steering_vectors.model.layers import _spans
+    from steering_vectors.model.overview import _templates
 
     blocks = found["decoder_block"]
     said: dict[str, Any] = {"blocks": len(blocks)}

@@ -17,9 +17,9 @@ from steering_vectors import (
     pca_aggregator,
     train_steering_vector,
 )
-from steering_vectors.aggregators import unpaired
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.packing import ancestor_mask, block_mask, blocks, pack
+from steering_vectors.train.aggregators import unpaired
+from steering_vectors.train.packing import ancestor_mask, block_mask, blocks, pack
 
 
 def crowds(n: int, d: int, seed: int, m: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model
-from steering_vectors.files import Provenance
+from steering_vectors.vectors.provenance import Provenance
 
 D = 8
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GraniteForCausalLM
 
-from steering_vectors import SteeringVector, ablation_operator, find_layers, record_activations
-from steering_vectors.baking import bake, plain_copy, probe, steered
+from steering_vectors import Steering, SteeringVector, ablation_operator, find_layers, record_activations
 from steering_vectors.demo import tiny_model
+from steering_vectors.vectors.baking import bake, probe, steered
+from steering_vectors.vectors.checkpoints import plain_copy
 
 EXPECTED = json.loads(Path(__file__).with_name("baking.json").read_text())
 PLACES = [(t, None) for t in ("decoder_block", "mlp", "self_attn")] + [
@@ -45,13 +46,17 @@ def outcome(model, layer_type, operator, folder=None):
     for as_llama in (False, True):
         try:
             with families.quiet():
-                baked = bake(model, {n: direction(d)}, layer_type, 1.5, operator=operator, as_llama=as_llama)
+                baked = bake(
+                    model,
+                    SteeringVector({n: direction(d)}, layer_type).steering(operator=operator, multiplier=1.5),
+                    as_llama=as_llama,
+                )
         except ValueError as e:
             reason = str(e)
             if "as_llama=True writes" not in reason:
                 break
             continue
-        wanted = steered(model, {n: direction(d)}, (layer_type, None), [(operator, 1.5)])
+        wanted = steered(model, [SteeringVector({n: direction(d)}, layer_type).steering(operator, 1.5)])
         if (wanted - probe(model)).abs().max() < 1e-4 * wanted.abs().max():
             return "no effect to compare"
         assert (probe(baked) - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -121,8 +126,8 @@ def test_generation_is_the_steered_generation():
 
 def test_negative_layers_and_zero():
     model = tiny_model("llama")
-    assert torch.equal(probe(bake(model, {-1: direction(32)}, "decoder_block", 0)), probe(model))
-    a, b = (bake(model, {n: direction(32)}, "decoder_block") for n in (-1, 2))
+    assert torch.equal(probe(bake(model, SteeringVector({-1: direction(32)}).steering(multiplier=0))), probe(model))
+    a, b = (bake(model, SteeringVector({n: direction(32)})) for n in (-1, 2))
     assert torch.equal(probe(a), probe(b))
 
 
@@ -140,14 +145,14 @@ def test_a_steered_model_gives_a_plain_copy_or_none():
 
 def test_tied_weights_stay_tied(tmp_path):
     model = tiny_model("gpt2")
-    baked = bake(model, {1: direction(32)}, "decoder_block")
+    baked = bake(model, SteeringVector({1: direction(32)}))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert (baked.get_output_embeddings().weight is baked.get_input_embeddings().weight) == tied
     assert baked.get_input_embeddings().weight is not model.get_input_embeddings().weight
 
 
 def test_a_switched_on_bias_survives_the_checkpoint(tmp_path):
-    baked = bake(tiny_model("llama"), {1: direction(32)}, "decoder_block")
+    baked = bake(tiny_model("llama"), SteeringVector({1: direction(32)}))
     baked.save_pretrained(tmp_path)
     served = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert served.config.mlp_bias is True and torch.equal(probe(served), probe(baked))
@@ -161,14 +166,14 @@ def test_mistral_and_qwen_become_llamas(tmp_path):
         model = tiny_model(kind)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            baked = bake(model, {1: direction(32)}, "decoder_block", as_llama=True)
+            baked = bake(model, SteeringVector({1: direction(32)}), as_llama=True)
         assert baked.config.model_type == "llama" and type(baked).__name__ == "LlamaForCausalLM"
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < model.config.max_position_embeddings:
             assert baked.config.max_position_embeddings == window and f"up to {window} tokens" in str(heard[0].message)
         baked.save_pretrained(tmp_path / kind)
         served = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
-        wanted = steered(model, {1: direction(32)}, ("decoder_block", None), [(None, 1.0)])
+        wanted = steered(model, [Steering({1: direction(32)})])
         assert (probe(served) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
@@ -182,21 +187,22 @@ def test_mistral_and_qwen_become_llamas(tmp_path):
     ("gpt2", "input_layernorm", {"operator": ablation_operator()}, ValueError, "the skip path"),
     ("llama", "mlp", {"operator": lambda h, v: v}, ValueError, "cannot be baked: weights can add the vector"),
     ("llama", "decoder_block", {"multiplier": [1.0, 2.0]}, ValueError, "one multiplier"),
-    ("llama", "decoder_block", {"multiplier": float("nan")}, ValueError, "one multiplier"),
+    ("llama", "decoder_block", {"multiplier": float("nan")}, ValueError, "must be finite"),
 ])  # fmt: skip
 def test_what_cannot_be_baked_says_why(kind, layer_type, options, error, words):
     with pytest.raises(error) as e:
-        bake(tiny_model(kind), {1: direction(32)}, layer_type, **options)
+        llama = options.pop("as_llama", False)
+        bake(tiny_model(kind), SteeringVector({1: direction(32)}, layer_type).steering(**options), llama)
     assert words in str(e.value)
 
 
 def test_wrong_vectors_and_models_are_refused():
     with pytest.raises(ValueError, match="Layer 7 does not exist"):
-        bake(tiny_model("llama"), {7: direction(32)}, "decoder_block")
+        bake(tiny_model("llama"), SteeringVector({7: direction(32)}))
     with pytest.raises(ValueError, match="16"):
-        bake(tiny_model("llama"), {1: direction(16)}, "decoder_block")
+        bake(tiny_model("llama"), SteeringVector({1: direction(16)}))
     with pytest.raises(TypeError, match="no transformers model"):
-        bake(nn.Linear(2, 2), {1: direction(32)}, "decoder_block")
+        bake(nn.Linear(2, 2), SteeringVector({1: direction(32)}))
 
 
 class Packed(torch.Tensor):
@@ -304,8 +310,8 @@ def test_every_quantised_weight_is_refused_before_anything_is_copied(monkeypatch
     model, (quantise, words) = tiny_model("llama"), QUANTISED[name]
     parent = model.model.get_submodule(where.rpartition(".")[0])
     setattr(parent, where.rpartition(".")[2], quantise(model.model.get_submodule(where)))
-    for later in ("probe", "plain_copy", "prepare_steering"):
-        monkeypatch.setattr(f"steering_vectors.baking.{later}", None)
+    for later in ("probe", "plain_copy"):
+        monkeypatch.setattr(f"steering_vectors.vectors.baking.{later}", None)
     with pytest.raises(ValueError) as e:
         SteeringVector({1: direction(32)}).bake(model)
     for part in (
@@ -321,14 +327,14 @@ def test_a_replaced_layer_is_named(monkeypatch):
     model = tiny_model("llama")
     model.model.layers[0].mlp.gate_proj = nn.Sequential(model.model.layers[0].mlp.gate_proj)
     with pytest.raises(ValueError, match="differ in model.layers.0.mlp.gate_proj.* A layer of the model was replaced"):
-        bake(model, {1: direction(32)}, "decoder_block")
+        bake(model, SteeringVector({1: direction(32)}))
 
 
 def test_integers_that_the_config_builds_are_no_obstacle():
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "told, not done"}  # the weights decide, not the config
-    wanted = steered(model, {1: direction(32)}, ("decoder_block", None), [(None, 1.0)])
-    assert (probe(bake(model, {1: direction(32)}, "decoder_block")) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    wanted = steered(model, [Steering({1: direction(32)})])
+    assert (probe(bake(model, SteeringVector({1: direction(32)}))) - wanted).abs().max() < 1e-5 * wanted.abs().max()
     counted = tiny_model("gpt2")
     made = type(counted)
 
@@ -339,7 +345,7 @@ def test_integers_that_the_config_builds_are_no_obstacle():
 
     counting = Counting(counted.config).eval()
     counting.load_state_dict(counted.state_dict(), strict=False)
-    assert bake(counting, {1: direction(32)}, "decoder_block").positions.tolist() == [0, 1, 2, 3]
+    assert bake(counting, SteeringVector({1: direction(32)})).positions.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -359,8 +365,8 @@ def test_a_factor_after_the_map_is_noticed():
     config.residual_multiplier = 0.22
     model = GraniteForCausalLM(config).eval()
     with pytest.raises(ValueError, match="GraniteForCausalLM cannot be baked at `decoder_block`: the copy differs"):
-        bake(model, {1: direction(32)}, "decoder_block")
-    bake(model, {1: direction(32)}, "mlp")
+        bake(model, SteeringVector({1: direction(32)}))
+    bake(model, SteeringVector({1: direction(32)}, "mlp"))
 
 
 def test_the_guide_names_the_families():
@@ -373,8 +379,10 @@ def test_the_guide_names_the_families():
 
 def test_a_layer_norm_with_a_bias_takes_the_vector():
     for kind in ("gpt2", "opt"):
-        baked = bake(tiny_model(kind), {1: direction(32)}, "input_layernorm", 2.0)
-        wanted = steered(tiny_model(kind), {1: direction(32)}, ("input_layernorm", None), [(None, 2.0)])
+        baked = bake(tiny_model(kind), SteeringVector({1: direction(32)}, "input_layernorm").steering(multiplier=2.0))
+        wanted = steered(
+            tiny_model(kind), [SteeringVector({1: direction(32)}, "input_layernorm").steering(multiplier=2.0)]
+        )
         assert (probe(baked) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 

@@ -11,12 +11,14 @@ from test_unusual_passes import steered, vector
 from torch import Tensor
 from transformers import BertConfig, BertModel, DynamicCache, OpenAIGPTConfig, OpenAIGPTLMHeadModel, StaticCache
 
-from steering_vectors import calls, passes
-from steering_vectors.calls import cache_length, find_cache, is_cache, named_arguments, returned
 from steering_vectors.demo import tiny_model
-from steering_vectors.passes import continued_pass
-from steering_vectors.samples import EncodedText
-from steering_vectors.tokens import Tokens
+from steering_vectors.model.families import STATE_ATTRIBUTES
+from steering_vectors.modes import undisturbed
+from steering_vectors.steer import caches
+from steering_vectors.steer.caches import cache_length, find_cache, is_cache, named_arguments, returned
+from steering_vectors.steer.tokens import Tokens
+from steering_vectors.train.batches import PassReader, continued_batch, padded_batch
+from steering_vectors.train.reading import EncodedText
 
 X = torch.tensor([[5, 9, 17, 33, 12, 44, 21]])
 ONE = X[:, :1]
@@ -31,7 +33,7 @@ def model() -> Any:
 def passes_of(model: Any, call: Callable[[], Any], **how: Any) -> list[list[list[int]]]:
     "Which tokens of each pass of `call` are steered."
     from steering_vectors import find_layers
-    from steering_vectors.hooks import read_output
+    from steering_vectors.model.hooks import read_output
 
     block, seen = model.get_submodule(find_layers(model)["decoder_block"][1]), []
     for say in ({"multiplier": 0.0}, how):
@@ -58,7 +60,7 @@ def renamed(model: Any, name: str, back: str) -> Any:
             self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None, **kwargs: Any
         ) -> Any:
             cache = kwargs.get(name) if kwargs.get(name) is not None else DynamicCache(config=self.config)
-            inner = next(k for k in calls.STATES if k in named_arguments_of(kind))
+            inner = next(k for k in STATE_ATTRIBUTES if k in named_arguments_of(kind))
             out = super().forward(input_ids, attention_mask=attention_mask, use_cache=True, **{inner: cache})
             return {"last_hidden_state": out.last_hidden_state, back: cache}
 
@@ -68,7 +70,7 @@ def renamed(model: Any, name: str, back: str) -> Any:
 
 
 def named_arguments_of(kind: type) -> list[str]:
-    return calls._parameter_names(kind)
+    return caches._parameter_names(kind)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "memory_of_the_text", "kv"])
@@ -105,7 +107,7 @@ class Sub(DynamicCache):
 @pytest.mark.parametrize("by_place", [True, False])
 def test_kinds_of_caches(model: Any, make: Callable[[Any], Any], by_place: bool) -> None:
     names = named_arguments_of(type(model.model))
-    name = next(k for k in calls.STATES if k in names)
+    name = next(k for k in STATE_ATTRIBUTES if k in names)
 
     def loop() -> None:
         cache = make(model)
@@ -138,7 +140,7 @@ def test_tuples_of_pairs_are_counted(model: Any) -> None:
             cache = DynamicCache()
             for n, (keys, values) in enumerate(past or ()):
                 cache.update(keys, values, n)
-            name = next(k for k in calls.STATES if k in named_arguments_of(kind))
+            name = next(k for k in STATE_ATTRIBUTES if k in named_arguments_of(kind))
             out = super().forward(input_ids, use_cache=True, **{name: cache})
             return out.last_hidden_state, pairs(cache)
 
@@ -169,7 +171,7 @@ def test_what_is_a_cache() -> None:
     assert find_cache({"a": DynamicCache(), "b": DynamicCache()}) is None, "which of the two is not known"
     hinted = DynamicCache()
     assert find_cache({"a": DynamicCache(), "past_key_values": hinted}) == ("past_key_values", hinted)
-    assert cache_length([]) is None and calls.is_blank([]) and not calls.is_blank(object())
+    assert cache_length([]) is None and caches.is_blank([]) and not caches.is_blank(object())
 
 
 # --- the guard -------------------------------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ HIDDEN: dict[str, Callable[[Any], Any]] = {
 def strange(model: Any, hide: Callable[[Any], Any], inside: bool = False) -> Any:
     "A decoder whose cache nobody knows: given and returned as `memo`, or kept inside."
     kind = type(model.model)
-    name = next(k for k in calls.STATES if k in named_arguments_of(kind))
+    name = next(k for k in STATE_ATTRIBUTES if k in named_arguments_of(kind))
 
     class Strange(kind):  # type: ignore[misc, valid-type]
         now: Any = None
@@ -286,7 +288,7 @@ def test_arguments_without_names_are_not_lost() -> None:
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "kv"])
 def test_reading_continues_under_the_name_that_the_model_has(model: Any, name: str) -> None:
-    kind, own = type(model.model), next(k for k in calls.STATES if k in named_arguments_of(type(model.model)))
+    kind, own = type(model.model), next(k for k in STATE_ATTRIBUTES if k in named_arguments_of(type(model.model)))
 
     def forward(
         self: Any,
@@ -314,11 +316,11 @@ def test_reading_continues_under_the_name_that_the_model_has(model: Any, name: s
     )
     other = type("Renamed", (kind,), {"forward": scope["forward"]})(model.config).eval()
     texts = {0: EncodedText([5, 9, 17, 33, 12], [4]), 1: EncodedText([5, 9, 17, 8], [3])}
-    now = continued_pass(other, texts, 3)
+    now = continued_batch(other, texts, 3)
     assert now.inputs[name].get_seq_length() == 3
     assert now.inputs["attention_mask"].shape == (2, 5), "the columns before are in the mask"
     blocks = {n: block for n, block in enumerate(other.layers)}
-    with passes.undisturbed(other), passes.PassReader(other, blocks) as reader:
-        plain = reader.run(passes.padded_pass(texts))
-        continued = reader.run(continued_pass(other, texts, 3))
+    with undisturbed(other), PassReader(other, blocks) as reader:
+        plain = reader.run(padded_batch(texts))
+        continued = reader.run(continued_batch(other, texts, 3))
     assert all(torch.allclose(plain[n], continued[n], atol=1e-5) for n in blocks)

@@ -10,7 +10,7 @@ from transformers import CompileConfig
 
 from steering_vectors import SteeringVector, record_activations
 from steering_vectors.demo import tiny_model
-from steering_vectors.tokens import Tokens
+from steering_vectors.steer.tokens import Tokens
 
 S, NEW = 6, 5
 LAYER = "model.layers.{}"

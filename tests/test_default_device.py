@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 import steering_vectors
 from steering_vectors import SteeringVector, train_steering_vector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.tokens import Tokens
+from steering_vectors.steer.tokens import Tokens
 
 MAKERS = {getattr(torch, name) for name in (
     "tensor", "as_tensor", "zeros", "ones", "full", "empty", "arange", "rand", "randn", "randint", "linspace", "eye", "scalar_tensor",

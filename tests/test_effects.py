@@ -29,7 +29,7 @@ from steering_vectors import (
     text_loss,
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.prompts import continuation_ids, prompt_ids
+from steering_vectors.train.prompts import continuation_ids, prompt_ids
 
 KINDS = ["llama", "gpt2", "gemma2", "opt", "gpt_neox"]
 
@@ -177,11 +177,11 @@ def test_one_multiplier_has_an_average_and_no_slope(multipliers):
 def test_steering_only_the_response_changes_nothing_before_it(made):
     model, tokenizer, v = made
     contrasts = [("Hi", "good day", "bad"), ("How are you today?", "fine", "not so well")]
-    some = completion_gap(model, tokenizer, v[2], contrasts, [0, 2], tokens=Tokens.response)
+    some = completion_gap(model, tokenizer, v[2].steering(tokens=Tokens.response), contrasts, multipliers=[0, 2])
     every = completion_gap(model, tokenizer, v[2], contrasts, [0, 2])
     # at the last block earlier tokens have no way to be felt later: steering them or not is the same
     assert torch.allclose(some.values, every.values, atol=2e-4)
-    early = completion_gap(model, tokenizer, v[0], contrasts, [0, 2], tokens=Tokens.response)
+    early = completion_gap(model, tokenizer, v[0].steering(tokens=Tokens.response), contrasts, multipliers=[0, 2])
     assert not torch.allclose(early.values, completion_gap(model, tokenizer, v[0], contrasts, [0, 2]).values, atol=1e-3)
 
 
@@ -216,8 +216,8 @@ def test_projections_see_what_steering_made(made):
 def test_the_first_word_is_steered_by_the_last_token_of_the_prompt(made):
     model, tokenizer, v = made
     every = next_token_shift(model, tokenizer, v[0], "Hi", multiplier=3, k=100)
-    later = next_token_shift(model, tokenizer, v[0], "Hi", multiplier=3, k=100, tokens=Tokens.generated)
-    response = next_token_shift(model, tokenizer, v[0], "Hi", multiplier=3, k=100, tokens=Tokens.response)
+    later = next_token_shift(model, tokenizer, v[0].steering(tokens=Tokens.generated), "Hi", multiplier=3, k=100)
+    response = next_token_shift(model, tokenizer, v[0].steering(tokens=Tokens.response), "Hi", multiplier=3, k=100)
     assert max(map(abs, later.change)) == 0
     assert max(map(abs, response.change)) > 0 and max(map(abs, every.change)) > 0
 
@@ -402,7 +402,9 @@ def test_layers_are_what_one_would_type(tiny, layers, keys):
     assert list(s.layers) == keys and list(s) == [(key, 2.0) for key in keys]
     for key in keys:
         chosen = tiny[2] if key == "all" else tiny[2][key]
-        assert s[key, 2] == sweep(tiny[0], tiny[1], chosen, "Hi", "all", 2, 3)["all", 2]
+        assert (
+            s[key, 2] == sweep(tiny[0], tiny[1], chosen, "Hi", layers="all", multipliers=2, max_new_tokens=3)["all", 2]
+        )
 
 
 @pytest.mark.parametrize(
@@ -423,7 +425,7 @@ def test_a_batch_has_a_size(tiny, how):
 @pytest.mark.parametrize("temperature", [-1, math.nan, math.inf, "1", None, True, [1.0]], ids=repr)
 def test_a_temperature_is_a_number_from_0_on(tiny, temperature):
     with pytest.raises((TypeError, ValueError), match="A temperature is a number from 0 on"):
-        sweep(*tiny, "Hi", 1, 0, 2, temperature=temperature)
+        sweep(*tiny, "Hi", 0, 1, 2, temperature=temperature)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -445,7 +447,7 @@ def test_a_vector_may_count_from_the_end(tiny, numbers):
     a, b = (projections(model, tokenizer, vector, "Hi") for vector in (v, behind))
     assert a.layers == b.layers == (1, 2) and torch.equal(a.values, b.values)
     assert b[-1] == b[2] and -1 in b and -3 not in b and True not in b
-    s = sweep(model, tokenizer, behind, "Hi", [-2, 2], 1, 2)
+    s = sweep(model, tokenizer, behind, "Hi", layers=[-2, 2], multipliers=1, max_new_tokens=2)
     assert s[-2, 1] == s[1, 1] and (-1, 1) in s and (0, 1) not in s and (-4, 1) not in s
 
 
@@ -462,10 +464,18 @@ def test_a_layer_that_does_not_exist_is_named_as_it_was_given(tiny):
     with pytest.raises(ValueError, match="Layer -9 does not exist"):
         projections(model, tokenizer, SteeringVector({-9: torch.ones(32)}), "Hi")
     with pytest.raises(ValueError, match="no layer -9"):
-        sweep(model, tokenizer, v, "Hi", -9, 1, 2)
+        sweep(model, tokenizer, v, "Hi", layers=-9, multipliers=1, max_new_tokens=2)
     with pytest.raises(ValueError, match="Layer 7 does not exist"):
         completion_gap(model, tokenizer, SteeringVector({7: torch.ones(32)}), [("Hi", "a", "b")])
-    assert sweep(model, tokenizer, SteeringVector({**v.layer_activations, 7: torch.ones(32)}), "Hi", 1, 1, 2)[1, 1]
+    assert sweep(
+        model,
+        tokenizer,
+        SteeringVector({**v.layer_activations, 7: torch.ones(32)}),
+        "Hi",
+        layers=1,
+        multipliers=1,
+        max_new_tokens=2,
+    )[1, 1]
 
 
 def knowing(vector, **story):
@@ -532,8 +542,13 @@ SELECTIONS = [
 def test_the_size_of_a_batch_changes_no_number(tiny, tokens):
     model, tokenizer, v = tiny
     contrasts = [("Hi", "good day", "bad"), ("How are you all today?", "fine", "not so well"), ("Well well", "x", "y")]
-    gaps = [completion_gap(model, tokenizer, v, contrasts, [0, 2], n, tokens=tokens).values for n in (1, 2, 5, 16)]
-    alone = torch.cat([completion_gap(model, tokenizer, v, [c], [0, 2], tokens=tokens).values for c in contrasts])
+    gaps = [
+        completion_gap(model, tokenizer, v.steering(tokens=tokens), contrasts, multipliers=[0, 2], batch_size=n).values
+        for n in (1, 2, 5, 16)
+    ]
+    alone = torch.cat(
+        [completion_gap(model, tokenizer, v.steering(tokens=tokens), [c], multipliers=[0, 2]).values for c in contrasts]
+    )
     assert all(torch.allclose(gap, alone, atol=2e-4) for gap in gaps)
     whole = completion_gap(model, tokenizer, v, contrasts, [0, 2]).values
     if tokens is not None and repr(tokens) != "Tokens.all":
@@ -545,7 +560,10 @@ def test_the_size_of_a_batch_changes_no_loss_and_no_projection(tiny, tokens):
     model, tokenizer, v = tiny
     texts = ["The sky is blue today.", "Bread.", "We met at noon, and it rained."]
     if isinstance(tokens, (Tokens, type(None), torch.Tensor)):
-        losses = [text_loss(model, tokenizer, v, texts, [0, 2], n, tokens=tokens).values for n in (1, 2, 16)]
+        losses = [
+            text_loss(model, tokenizer, v.steering(tokens=tokens), texts, multipliers=[0, 2], batch_size=n).values
+            for n in (1, 2, 16)
+        ]
         assert all(torch.allclose(loss, losses[0], atol=2e-4) for loss in losses)
     chats = [
         [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
@@ -559,7 +577,7 @@ def test_the_size_of_a_batch_changes_no_loss_and_no_projection(tiny, tokens):
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_mask_with_a_row_for_each_text_is_refused(tiny, name):
     with pytest.raises(ValueError, match="a measure makes batches of its own.*Tokens"):
-        MEASURES[name](*tiny, tokens=torch.ones(5, 9))
+        MEASURES[name](*tiny[:2], tiny[2].steering(tokens=torch.ones(5, 9)))
     with pytest.raises(ValueError, match="a measure makes batches of its own"):
         steered_tokens(tiny[1], [1, 5, 6], [7], torch.ones(2, 4))
 
@@ -568,9 +586,9 @@ def test_a_selection_that_meets_no_text_is_refused_whatever_the_batch(tiny):
     contrasts = [("Hi", "a", "b"), ("Hello", "c", "d")]
     for size in (1, 16):
         with pytest.raises(ValueError, match="names no token of any of these texts"):
-            completion_gap(*tiny, contrasts, batch_size=size, tokens=[500])
+            completion_gap(*tiny[:2], tiny[2].steering(tokens=[500]), contrasts, batch_size=size)
         some = completion_gap(
-            *tiny, contrasts, [0, 2], size, tokens=Tokens.prompt[23:]
+            *tiny[:2], tiny[2].steering(tokens=Tokens.prompt[23:]), contrasts, [0, 2], size
         )  # only the longer one has these
         assert float(some.values[0, 0]) == pytest.approx(float(some.values[0, 1]), abs=1e-6)
         assert abs(float(some.values[1, 0] - some.values[1, 1])) > 1e-4
@@ -592,8 +610,10 @@ def test_the_start_token_is_there_once(tiny):
     assert projections(model, tokenizer, v, "<s>plain").tokens == projections(model, tokenizer, v, "plain").tokens
     a, b = (text_loss(model, tokenizer, v, [t], [0, 1]).values for t in ("<s>plain", "plain"))
     assert torch.equal(a, b)
-    asked = sweep(model, tokenizer, v, text, 1, 0, 2)
-    assert asked.prompt_ids == sweep(model, tokenizer, v, "hi", 1, 0, 2).prompt_ids  # nor is it wrapped again
+    asked = sweep(model, tokenizer, v, text, layers=1, multipliers=0, max_new_tokens=2)
+    assert (
+        asked.prompt_ids == sweep(model, tokenizer, v, "hi", layers=1, multipliers=0, max_new_tokens=2).prompt_ids
+    )  # nor is it wrapped again
     gaps = [completion_gap(model, tokenizer, v, [(t, "a", "b")], [2]).values for t in (text, "hi")]
     choices = [answer_gap(model, tokenizer, v, [(t, "a", "b")], [2]).values for t in (text, "hi")]
     shifts = [next_token_shift(model, tokenizer, v, t) for t in (text, "hi")]
@@ -604,7 +624,10 @@ def test_what_the_assistant_has_begun_is_continued(tiny):
     model, tokenizer, v = tiny
     begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "("}]
     text = written_out(tokenizer) + "("
-    assert tokenizer.decode(sweep(model, tokenizer, v, begun, 1, 0, 2).prompt_ids) == text
+    assert (
+        tokenizer.decode(sweep(model, tokenizer, v, begun, layers=1, multipliers=0, max_new_tokens=2).prompt_ids)
+        == text
+    )
     for measure in (completion_gap, answer_gap):
         a, b = (measure(model, tokenizer, v, [(prompt, "a", "b")], [0, 2]).values for prompt in (begun, text))
         assert torch.equal(a, b)
@@ -634,10 +657,12 @@ def test_arguments_of_the_template_go_through(tiny):
     def shown(p):
         return "".join(p.tokens).removeprefix("<s>")
 
-    assert sweep(model, tokenizer, v, "hi", 1, 0, 2, **how).prompt_ids == tuple(
+    assert sweep(model, tokenizer, v, "hi", layers=1, multipliers=0, max_new_tokens=2, **how).prompt_ids == tuple(
         tokenizer("[user!]hi[assistant]", add_special_tokens=False)["input_ids"]
     )
-    closed = sweep(model, tokenizer, v, messages, 1, 0, 2, add_generation_prompt=False, **how)
+    closed = sweep(
+        model, tokenizer, v, messages, layers=1, multipliers=0, max_new_tokens=2, add_generation_prompt=False, **how
+    )
     assert tokenizer.decode(closed.prompt_ids) == "[user!]hi"
     bare = torch.tensor(tokenizer("[user!]hi[assistant]", add_special_tokens=False)["input_ids"])
     for measure in (completion_gap, answer_gap):
@@ -820,8 +845,8 @@ def test_random_numbers_come_back_on_every_device(tiny, monkeypatch, begun, temp
     monkeypatch.setattr(torch.cuda, "manual_seed_all", fake.manual_seed_all)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
     state = torch.get_rng_state()
-    first = sweep(*tiny, "Hi", 1, [0, 1], 4, temperature=temperature, seed=5)
-    assert first == sweep(*tiny, "Hi", 1, [0, 1], 4, temperature=temperature, seed=5)
+    first = sweep(*tiny, "Hi", [0, 1], 1, 4, temperature=temperature, seed=5)
+    assert first == sweep(*tiny, "Hi", [0, 1], 1, 4, temperature=temperature, seed=5)
     completion_gap(*tiny, [("Hi", "a", "b")])
     projections(*tiny, "Hi")
     assert [int(s) for s in fake.states] == [7, 8] and torch.equal(torch.get_rng_state(), state)
@@ -836,7 +861,7 @@ def test_nothing_is_seeded_where_nothing_is_drawn(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
     for measure in MEASURES.values():
         measure(*tiny)
-    sweep(*tiny, "Hi", 1, 0, 2, temperature=1.0)  # on the CPU alone
+    sweep(*tiny, "Hi", 0, 1, 2, temperature=1.0)  # on the CPU alone
 
 
 def on_another_device(measured):
@@ -862,11 +887,11 @@ def test_the_default_device_is_the_users_own_affair(tiny, name, tokens):
 
     def measured():
         if name == "next_token_shift":
-            return next_token_shift(*tiny, "Hi", tokens=tokens)
+            return next_token_shift(*tiny[:2], tiny[2].steering(tokens=tokens), "Hi")
         if name == "projections":
             found = projections(*tiny, chats, tokens=tokens)
             return [found.mean, found[0].values, repr(found), repr(found[0])]
-        result = MEASURES[name](*tiny, multipliers=[0, 2], tokens=tokens)
+        result = MEASURES[name](*tiny[:2], tiny[2].steering(tokens=tokens), multipliers=[0, 2])
         return result if name == "sweep" else [result.values, result.slope, result.mean, repr(result)]
 
     assert same(*on_another_device(measured))

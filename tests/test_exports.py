@@ -13,8 +13,8 @@ import torch
 
 from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
-from steering_vectors.files import Provenance
+from steering_vectors.vectors.exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
+from steering_vectors.vectors.provenance import Provenance
 
 STORY = Provenance(model_id="someone/tiny", model_type="llama", num_layers=6, hidden_size=8, num_pairs=3, note="joy")
 
@@ -48,7 +48,7 @@ def write(path, tensors, arch="controlvector", **keys):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_control_vector_comes_back_with_its_story(tmp_path, dtype):
     vector = layers(5, 1, dtype=dtype)
-    write_gguf(tmp_path / "v.gguf", vector, "decoder_block", STORY)
+    write_gguf(tmp_path / "v.gguf", SteeringVector(vector), STORY)
     back = read_gguf(tmp_path / "v.gguf")
     assert list(back.layer_activations) == [1, 5] and (back.layer_type, back.provenance) == ("decoder_block", STORY)
     for n, v in vector.items():
@@ -56,7 +56,7 @@ def test_a_control_vector_comes_back_with_its_story(tmp_path, dtype):
 
 
 def test_the_file_is_what_llama_cpp_expects(tmp_path):
-    write_gguf(tmp_path / "v.gguf", layers(1, 5), "decoder_block", STORY, multiplier=-2, model_hint="qwen2")
+    write_gguf(tmp_path / "v.gguf", SteeringVector(layers(1, 5)).steering(multiplier=-2), STORY, model_hint="qwen2")
     reader = gguf.GGUFReader(tmp_path / "v.gguf")
     value = {k: f.contents() for k, f in reader.fields.items()}
     assert value["GGUF.version"] == 3
@@ -79,9 +79,9 @@ def test_a_refused_export_leaves_the_old_file(tmp_path):
         ({-1: torch.ones(8)}, "decoder_block"),
     ]:
         with pytest.raises(ValueError):
-            write_gguf(path, vector, layer_type, Provenance())
+            write_gguf(path, SteeringVector(vector, layer_type), Provenance())
     with pytest.raises(ValueError, match="in float32"):
-        write_gguf(path, {1: torch.full((8,), 1e300, dtype=torch.float64)}, "decoder_block", Provenance())
+        write_gguf(path, SteeringVector({1: torch.full((8,), 1e300, dtype=torch.float64)}), Provenance())
     assert path.read_bytes() == b"old"
 
 
@@ -95,9 +95,9 @@ def test_a_refused_export_leaves_the_old_file(tmp_path):
 def test_a_multiplier_is_checked_as_apply_checks_it(tmp_path, multiplier, error, words):
     vector, model = {1: torch.ones(32)}, tiny_model()
     for export in (
-        lambda: write_gguf(tmp_path / "v.gguf", vector, "decoder_block", Provenance(), multiplier),
-        lambda: vllm_lens_payload(vector, "decoder_block", multiplier),
-        lambda: write_lm_eval(tmp_path / "v.pt", vector, "decoder_block", model, multiplier),
+        lambda: write_gguf(tmp_path / "v.gguf", SteeringVector(vector).steering(multiplier=multiplier), Provenance()),
+        lambda: vllm_lens_payload(SteeringVector(vector).steering(multiplier=multiplier)),
+        lambda: write_lm_eval(tmp_path / "v.pt", model, SteeringVector(vector).steering(multiplier=multiplier)),
     ):
         with pytest.raises(error, match=words):
             export()
@@ -150,7 +150,7 @@ def test_every_key_of_others_is_kept(tmp_path):
 
 
 def test_the_words_of_a_refusal_are_ours(tmp_path):
-    write_gguf(tmp_path / "v.gguf", layers(1, 5), "decoder_block", STORY)
+    write_gguf(tmp_path / "v.gguf", SteeringVector(layers(1, 5)), STORY)
     data = (tmp_path / "v.gguf").read_bytes()
     for cut in (30, 200, len(data) - 5):
         (tmp_path / "v.gguf").write_bytes(data[:cut])
@@ -192,7 +192,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 def test_damaged_control_vectors_are_refused_or_read_the_same(tmp_path):
     path, rng = tmp_path / "fuzzed.gguf", random.Random(0)
-    write_gguf(path, layers(1, 5), "decoder_block", STORY)
+    write_gguf(path, SteeringVector(layers(1, 5)), STORY)
     data, kept, refused = path.read_bytes(), read_gguf(path), 0
     for _ in range(1500):
         i, j = sorted(rng.randrange(len(data)) for _ in range(2))
@@ -218,7 +218,7 @@ def test_damaged_control_vectors_are_refused_or_read_the_same(tmp_path):
 
 def test_repeng_reads_ours_and_we_read_repengs(tmp_path):
     folder = peers.install("repeng==0.4.0")
-    write_gguf(tmp_path / "ours.gguf", layers(1, 5), "decoder_block", STORY)
+    write_gguf(tmp_path / "ours.gguf", SteeringVector(layers(1, 5)), STORY)
     code = """
 import sys, json, numpy
 numpy.float_ = numpy.float64  # repeng 0.4.0 was written for numpy 1
@@ -248,7 +248,7 @@ def test_vllm_lens_reads_the_payload(dtype):
         "typing-extensions",
     ]
     folder = peers.install("vllm-lens==1.3.0", *needs)
-    payload = vllm_lens_payload(layers(5, 0, dtype=dtype), "decoder_block", multiplier=-1.5)
+    payload = vllm_lens_payload(SteeringVector(layers(5, 0, dtype=dtype)).steering(multiplier=-1.5))
     code = """
 import sys, json
 from vllm_lens import SteeringVector
@@ -263,12 +263,12 @@ print(json.dumps([v.activations.tolist(), v.layer_index_map, v.scale, v.norm_mat
 
 
 def test_a_vllm_payload_is_json_and_refuses_other_places():
-    payload = vllm_lens_payload(layers(3), "decoder_block", multiplier=torch.tensor(2.0))
+    payload = vllm_lens_payload(SteeringVector(layers(3)).steering(multiplier=torch.tensor(2.0)))
     assert json.loads(json.dumps(payload))["scale"] == 2.0
     assert base64.b64decode(payload["activations"]["data"]) == layers(3)[3].numpy().tobytes()
     for vector, layer_type in [(layers(3), "self_attn"), ({-1: torch.ones(8)}, "decoder_block"), ({}, "decoder_block")]:
         with pytest.raises(ValueError):
-            vllm_lens_payload(vector, layer_type)
+            vllm_lens_payload(SteeringVector(vector, layer_type))
 
 
 def test_lm_eval_steers_as_we_do(tmp_path):
@@ -286,7 +286,7 @@ def test_lm_eval_steers_as_we_do(tmp_path):
         model = tiny_model(kind)
         model.save_pretrained(tmp_path / f"model{k}")
         tiny_tokenizer().save_pretrained(tmp_path / f"model{k}")
-        write_lm_eval(tmp_path / f"{k}.pt", vector, layer_type, model, multiplier=1.5)
+        write_lm_eval(tmp_path / f"{k}.pt", model, SteeringVector(vector, layer_type).steering(multiplier=1.5))
         with torch.no_grad(), SteeringVector(vector, layer_type).apply(model, multiplier=1.5):
             ours.append(model(ids).logits)
         with torch.no_grad():

@@ -11,9 +11,10 @@ from families import quiet
 from families_by_hand import run
 from test_extraction import HEAD, apart, by_hand
 
-from steering_vectors import extract_activations, extraction
+from steering_vectors import extract_activations
 from steering_vectors.demo import tiny_tokenizer
-from steering_vectors.layers import resolve_layers
+from steering_vectors.model.layers import resolve_layers
+from steering_vectors.train.strategies import _verdicts
 
 WAYS: dict[str, str] = {}
 PAIRS = [(f"{HEAD}I am {good}", f"{HEAD}I am {bad}") for good, bad in [
@@ -46,7 +47,7 @@ def test_family(name: str) -> None:
         found = extract_activations(model, tiny_tokenizer(), PAIRS)
         names = dict(resolve_layers(model, "decoder_block"))
         wanted = [plain(model, names, [pair[side] for pair in PAIRS]) for side in (0, 1)]
-    way = list(extraction._verdicts[model].values())[-1].way
+    way = list(_verdicts[model].values())[-1].way
     WAYS[name] = way.kind
     if found[0][0].shape != wanted[0][0].shape:
         pytest.skip("its blocks return several streams a token, which the loop here does not tell apart")

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from steering_vectors import SteeringVector, find_layers, train_steering_vector
 from steering_vectors.demo import tiny_tokenizer
-from steering_vectors.layers import LAYER_TYPES, block_holder
-from steering_vectors.tokens import Tokens
+from steering_vectors.model.families import LAYER_TYPES
+from steering_vectors.model.layers import block_holder
+from steering_vectors.steer.tokens import Tokens
 
 CHECKS = ["found", *LAYER_TYPES[1:], "steered", "trained", "cached", "padded"]
 MARKS: dict[str, dict[str, str]] = {}

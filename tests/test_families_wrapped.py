@@ -9,7 +9,9 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaModel, T
 
 from steering_vectors import SteeringVector, find_layers
 from steering_vectors.demo import tiny_model
-from steering_vectors.layers import LAYER_TYPES, block_holder, resolve_layers, unwrap
+from steering_vectors.model.blocks import unwrap
+from steering_vectors.model.families import LAYER_TYPES
+from steering_vectors.model.layers import block_holder, resolve_layers
 
 IDS = torch.tensor([[1, 20, 30, 40]])
 

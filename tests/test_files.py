@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
-from steering_vectors import SteeringVector, files, train_steering_vector
+from steering_vectors import SteeringVector, train_steering_vector
 from steering_vectors.demo import tiny_tokenizer
-from steering_vectors.files import Provenance, VectorFile, VectorFolder, load_file, save_file
+from steering_vectors.vectors import files, headers, hub, provenance
+from steering_vectors.vectors.files import VectorFile, load_file, save_file
+from steering_vectors.vectors.hub import VectorFolder
+from steering_vectors.vectors.provenance import Provenance
 
 STORY = Provenance(
     model_id="someone/tiny-llama",
@@ -264,7 +267,9 @@ JSON = st.recursive(
     max_leaves=6,
 )
 UNKNOWN = st.dictionaries(
-    (st.sampled_from(["needs", "calibration", "gate", "Note"]) | st.text()).filter(lambda k: k not in files.KNOWN),
+    (st.sampled_from(["needs", "calibration", "gate", "Note"]) | st.text()).filter(
+        lambda k: k not in provenance.KNOWN_FIELDS
+    ),
     JSON,
     max_size=4,
 )
@@ -277,7 +282,10 @@ def exactly(value):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(UNKNOWN, st.dictionaries(st.text(writable).filter(lambda k: k not in files.OURS), st.text(writable), max_size=3))
+@given(
+    UNKNOWN,
+    st.dictionaries(st.text(writable).filter(lambda k: k not in provenance.OWN_FIELDS), st.text(writable), max_size=3),
+)
 def test_what_a_later_version_adds_is_kept_and_written_back(tmp_path, fields, texts):
     path, again = tmp_path / "tomorrow", tmp_path / "again"
     header = json.dumps(GOOD | {"num_pairs": 3} | fields)
@@ -289,7 +297,7 @@ def test_what_a_later_version_adds_is_kept_and_written_back(tmp_path, fields, te
         kept = f.metadata()
     written = json.loads(kept["steering_vector"])
     assert written.pop("checksum") == "sha256" and exactly(written) == exactly(GOOD | {"num_pairs": 3} | fields)
-    assert {k: v for k, v in kept.items() if k not in files.OURS} == texts
+    assert {k: v for k, v in kept.items() if k not in provenance.OWN_FIELDS} == texts
     assert SteeringVector.load(again).provenance == vector.provenance
     data = bytearray(again.read_bytes())
     data[-1] ^= 1
@@ -314,7 +322,7 @@ def test_control_vectors_and_folders_keep_them_too(tmp_path, fields):
 def test_another_version_is_refused_and_names_what_it_needs(version, needs):
     header = {"format_version": version, "needs": needs, "layer_type": "a new kind", "gate": [1.0]}
     with pytest.raises(ValueError, match=f"version {version}; this library reads version 1") as e:
-        files.read_header(json.dumps(header))
+        headers.read_header(json.dumps(header))
     assert f"steering-vectors {needs}:" in str(e.value) or (needs is None and "another version" in str(e.value))
     assert "pip install -U steering-vectors" in str(e.value)
 
@@ -415,7 +423,7 @@ def scramble(value, rng: random.Random):
 def test_thousands_of_altered_headers_are_refused_or_obey_the_rules(tmp_path):
     path, rng = tmp_path / "altered.safetensors", random.Random(1)
     tensors = {f"layer.{n}": v for n, v in layers().items()}
-    header, outcomes = json.loads(files.write_header("mlp", STORY)), [0, 0]
+    header, outcomes = json.loads(headers.write_header("mlp", STORY)), [0, 0]
     for _ in range(2000):
         path.write_bytes(save(tensors, metadata={"steering_vector": json.dumps(scramble(header, rng))}))
         try:
@@ -467,7 +475,7 @@ def test_the_card_tells_the_story(tmp_path):
     assert "steering-vector" in card.data.tags
     for words in ("joy: yes # not a comment", "multiplier=2)", "num pairs: 60", "`mlp`"):
         assert words in card.text
-    assert files.model_card(VectorFile(layers(), "mlp", Provenance(model_id="/home/me/model"))).data.base_model is None
+    assert hub.model_card(VectorFile(layers(), "mlp", Provenance(model_id="/home/me/model"))).data.base_model is None
 
 
 def test_pushing_uploads_the_folder(monkeypatch):
@@ -503,7 +511,7 @@ def test_a_repository_is_downloaded_with_the_options_given(tmp_path, monkeypatch
         asked.append((repo_id, filename, options["revision"], options["token"], options["local_files_only"]))
         return str(tmp_path / filename)
 
-    monkeypatch.setattr(files, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **options: download(**options))
     back = VectorFolder.from_pretrained("me/joy", revision="abc", token="secret", local_files_only=True).vector
     assert same(back, vector)
@@ -517,7 +525,7 @@ def no_hub(monkeypatch):
     def asked(*args, **options):
         raise AssertionError(f"the Hub was asked for {args or options}")
 
-    monkeypatch.setattr(files, "hf_hub_download", asked)
+    monkeypatch.setattr(hub, "hf_hub_download", asked)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", asked)
 
 
@@ -581,7 +589,7 @@ def test_a_repository_is_still_a_repository(tmp_path, monkeypatch):
         asked.append(args or options["repo_id"])
         raise OSError("offline")
 
-    monkeypatch.setattr(files, "hf_hub_download", ask)
+    monkeypatch.setattr(hub, "hf_hub_download", ask)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", ask)
     for name in ("me/joy", "joy", "me/joy.v1", "me/joy-1_0"):
         with pytest.raises(OSError, match="offline"):
@@ -593,7 +601,7 @@ def test_fields_that_only_the_hubs_config_has_are_kept(tmp_path, monkeypatch):
     VectorFolder(VectorFile(layers(), "mlp", STORY)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"licence": "MIT"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(files, "hf_hub_download", lambda repo_id, filename, **options: str(tmp_path / filename))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repo_id, filename, **options: str(tmp_path / filename))
     monkeypatch.setattr(
         "huggingface_hub.hub_mixin.hf_hub_download", lambda filename, **options: str(tmp_path / filename)
     )

@@ -17,8 +17,9 @@ from safetensors.torch import save_file as save_safetensors
 
 from steering_vectors import SteeringVector, record_activations
 from steering_vectors.demo import tiny_model
-from steering_vectors.files import Provenance
-from steering_vectors.foreign import numbered_rows, read_vector_file, told_by
+from steering_vectors.vectors.foreign import numbered_rows, read_vector_file
+from steering_vectors.vectors.hints import told_by
+from steering_vectors.vectors.provenance import Provenance
 
 D, L = 8, 4
 STATES = torch.randn(L + 1, D, generator=torch.Generator().manual_seed(0))

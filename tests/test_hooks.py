@@ -12,8 +12,8 @@ import torch
 from plain import hooks_on
 from torch import Tensor, nn
 
-from steering_vectors import hooks
-from steering_vectors.hooks import edit_output, get_hidden, read_output, with_hidden
+from steering_vectors.model import attachments
+from steering_vectors.model.hooks import edit_output, get_hidden, read_output, with_hidden
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_any_order_of_removal_keeps_the_order_of_opening(double: nn.Linear, orde
         left.remove(gone)
     reader.remove()
     assert torch.equal(double(X), 2 * X)
-    assert hooks_on(double) == 0 and double not in hooks._listeners
+    assert hooks_on(double) == 0 and double not in attachments._listeners
 
 
 def test_hooks_of_others_stay_and_run_after_ours(double: nn.Linear) -> None:
@@ -101,7 +101,7 @@ def test_a_module_can_go_while_it_is_known(double: nn.Linear) -> None:
     gc.collect()
     # pytest holds the fixture's value, so look at the library's own references instead
     module = gone()
-    assert module is None or module not in hooks._listeners
+    assert module is None or module not in attachments._listeners
 
 
 def test_outputs_of_every_kind() -> None:

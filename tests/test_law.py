@@ -18,7 +18,7 @@ from versions import fault, skip_if
 
 from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model
-from steering_vectors.tokens import Tokens
+from steering_vectors.steer.tokens import Tokens
 
 S, NEW = 6, 4  # columns of the prompt, tokens generated
 PADS = (2, 0)  # columns of padding of each row

@@ -70,7 +70,7 @@ def test_a_seed_is_a_whole_number(tiny, seed):
 
 def test_a_seed_may_be_of_any_library(tiny):
     seeds = 3, np.int64(3), torch.tensor(3)
-    texts = [dict(sweep(*tiny, "Hi", 1, [0, 1], 4, temperature=1.0, seed=seed)) for seed in seeds]
+    texts = [dict(sweep(*tiny, "Hi", [0, 1], 1, 4, temperature=1.0, seed=seed)) for seed in seeds]
     assert texts[0] == texts[1] == texts[2]
     with pytest.raises(ValueError, match="seed must be 0 or more"):
         sweep(*tiny, "Hi", temperature=1.0, seed=-1, max_new_tokens=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steering_vectors import SteeringVector, ablation_operator, record_activations, train_steering_vector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.tokens import Tokens
+from steering_vectors.steer.tokens import Tokens
 
 DEVICES = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 

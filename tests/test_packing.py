@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steering_vectors.packing import ancestor_mask, block_mask, blocks, common_length, groups, pack
+from steering_vectors.train.packing import ancestor_mask, block_mask, blocks, common_length, groups, pack
 
 settings.register_profile("packing", deadline=None, max_examples=150)
 settings.load_profile("packing")

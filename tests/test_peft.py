@@ -10,11 +10,12 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from torch import Tensor
 from versions import SINCE, fault, installed, skip_if
 
-from steering_vectors import SteeringVector, find_layers, positions, record_activations, train_steering_vector
-from steering_vectors.calls import Adapter, find_cache, returned
+from steering_vectors import SteeringVector, find_layers, record_activations, train_steering_vector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.hooks import read_output
-from steering_vectors.tokens import Tokens
+from steering_vectors.model.hooks import read_output
+from steering_vectors.steer import positions
+from steering_vectors.steer.caches import Adapter, find_cache, returned
+from steering_vectors.steer.tokens import Tokens
 
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "opt": ["q_proj", "fc2"]}
 

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from versions import skip_if
 
-from steering_vectors import SteeringVector, positions
+from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model
-from steering_vectors.tokens import Tokens
+from steering_vectors.steer import positions
+from steering_vectors.steer.tokens import Tokens
 
 
 @pytest.fixture(scope="module")

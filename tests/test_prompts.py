@@ -8,16 +8,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from steering_vectors.chats import has_template
 from steering_vectors.demo import tiny_tokenizer
-from steering_vectors.prompts import (
-    added_tokens,
-    continuation_ids,
-    prompt_ids,
-    prompt_length,
-    text_ids,
-    texts_ids,
-)
+from steering_vectors.train.chats import has_template
+from steering_vectors.train.prompts import added_tokens, continuation_ids, prompt_ids
+from steering_vectors.train.texts import prompt_length, text_ids, texts_ids
 
 USER = {"role": "user", "content": "a"}
 OPEN = [USER, {"role": "assistant", "content": "b c"}]

@@ -17,7 +17,6 @@ import steering_vectors
 from steering_vectors import (
     SteeringVector,
     ablation_operator,
-    hooks,
     logistic_aggregator,
     mean_aggregator,
     pca_aggregator,
@@ -25,14 +24,23 @@ from steering_vectors import (
     train_steering_vector,
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.tokens import Tokens
+from steering_vectors.model import attachments
+from steering_vectors.model.hooks import edit_output
+from steering_vectors.steer.tokens import Tokens
 
 IDS = torch.arange(3, 13).reshape(2, 5)
 D = 32
 UNGUARDED = {"record_activations", "Attachment.remove", "Attachment.__exit__"}
 SOURCES = {
     str(Path(steering_vectors.__file__).parent / f"{name}.py")
-    for name in ("hooks", "steering", "positions", "recording")
+    for name in (
+        "model/attachments",
+        "model/hooks",
+        "model/runs",
+        "model/recording",
+        "steer/steering",
+        "steer/positions",
+    )
 }
 
 
@@ -47,7 +55,7 @@ def clean(model: Any) -> Any:
     before, logits = hooks_on(model), model(IDS).logits
     yield
     assert hooks_on(model) == before == 0
-    assert len(hooks._listeners) == 0 and hooks._stance.held is None
+    assert len(attachments._listeners) == 0 and attachments._stance.held is None
     assert torch.equal(model(IDS).logits, logits)
 
 
@@ -82,8 +90,8 @@ def interrupted_at(line: int, run: Callable[[], Any]) -> bool:
     try:
         run()
     except KeyboardInterrupt:
-        while hooks._lock._is_owned():  # a tracer can stop between a block and its exit, where no signal comes in
-            hooks._lock.release()
+        while attachments._lock._is_owned():  # a tracer can stop between a block and its exit, where no signal comes in
+            attachments._lock.release()
         return True
     finally:
         sys.settrace(None)
@@ -101,7 +109,7 @@ def every_line(run: Callable[[], Any], check: Callable[[], None], step: int = 1)
 
 def nothing_left(model: Any) -> Callable[[], None]:
     def check() -> None:
-        assert hooks_on(model) == 0 and len(hooks._listeners) == 0 and hooks._stance.held is None
+        assert hooks_on(model) == 0 and len(attachments._listeners) == 0 and attachments._stance.held is None
 
     return check
 
@@ -141,11 +149,11 @@ def test_the_search_for_leftovers_can_find_one(model: Any) -> None:
 
     def careless() -> None:
         for n in (0, 2):
-            hooks.edit_output(model.model.layers[n], lambda h: h)
+            edit_output(model.model.layers[n], lambda h: h)
 
     with pytest.raises(AssertionError):
         every_line(careless, nothing_left(model))
-    for handle in [e[0] for entry in list(hooks._listeners) for e in entry.edits]:
+    for handle in [e[0] for entry in list(attachments._listeners) for e in entry.edits]:
         handle.remove()  # type: ignore[attr-defined]
 
 

@@ -12,19 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from steering_vectors import SteeringVectorTrainingSample as Sample
 from steering_vectors import Tokens
 from steering_vectors.demo import tiny_tokenizer
-from steering_vectors.samples import (
-    as_rows,
-    as_sample,
-    as_sets,
-    as_text,
-    encode_samples,
-    encode_texts,
-    read_places,
-    text_ids,
-    texts_ids,
-    tokenize_samples,
-    tokenize_texts,
-)
+from steering_vectors.train.reading import encode_samples, encode_texts, read_places, tokenize_samples, tokenize_texts
+from steering_vectors.train.samples import as_rows, as_sample, as_sets, as_text
+from steering_vectors.train.texts import text_ids, texts_ids
 
 
 def words(bos: str | None, eos: str | None = None, template: str | None = None) -> PreTrainedTokenizerFast:

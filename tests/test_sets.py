@@ -12,13 +12,13 @@ from steering_vectors import (
     SteeringVector,
     Tokens,
     extract_activations,
-    extraction,
     logistic_aggregator,
     mean_aggregator,
     pca_aggregator,
     train_steering_vector,
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
+from steering_vectors.train import extraction, requests, schedules
 
 WARM = [f"{HEAD}{text}" for text in ("Warm and sunny", "Hot!", "Mild, I would say", "Sunshine all day long", "Summer")]
 COLD = [f"{HEAD}{text}" for text in ("Ice", "Cold and wet, as ever")]
@@ -100,8 +100,8 @@ def test_every_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
             def complete(self, num_rows: int) -> None:
                 assert num_rows == 5
 
-        monkeypatch.setattr(extraction, "remembered_way", lambda *_: extraction.Way(kind))  # type: ignore[arg-type] # noqa: B023
-        seen = extraction.read_samples(model, tokenizer, SETS, extraction.Request(), {"": Count()})
+        monkeypatch.setattr(extraction, "remembered_strategy", lambda *_: schedules.Strategy(kind))  # type: ignore[arg-type] # noqa: B023
+        seen = extraction.read_samples(model, tokenizer, SETS, requests.Request(), {"": Count()})
         assert sorted(read) == [0, 1, 2, 3, 4, 6, 8] and seen[:3] == (5, 2, False)
         assert close(train_steering_vector(model, tokenizer, SETS).layer_activations, wanted)
 

@@ -15,7 +15,7 @@ from steering_vectors import (
     record_activations,
 )
 from steering_vectors.demo import tiny_model
-from steering_vectors.tokens import Tokens
+from steering_vectors.steer.tokens import Tokens
 
 D = 32
 OPERATORS = [

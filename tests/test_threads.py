@@ -11,8 +11,8 @@ from torch import Tensor
 
 from steering_vectors import SteeringVector, ablation_operator
 from steering_vectors.demo import tiny_model
-from steering_vectors.positions import PassTracker
-from steering_vectors.tokens import Tokens
+from steering_vectors.steer.positions import PassTracker
+from steering_vectors.steer.tokens import Tokens
 
 ROUNDS = 4
 

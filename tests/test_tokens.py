@@ -14,16 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from steering_vectors.tokens import (
-    Columns,
-    Place,
-    Prompt,
-    Tokens,
-    as_selection,
-    numbering,
-    prompt_tokens,
-    select,
-)
+from steering_vectors.steer.layouts import Layout, PromptLayout, numbering, prompt_tokens
+from steering_vectors.steer.places import select
+from steering_vectors.steer.selections import Columns
+from steering_vectors.steer.tokens import Tokens, as_selection
 
 MAYBE = st.none() | st.integers(-9, 9)
 UP = st.none() | st.integers(0, 9)
@@ -124,7 +118,7 @@ def passes(selection: Any, batch: dict[str, Any], sizes: list[int], said: bool =
     "What is selected in consecutive passes of the given sizes, side by side."
     start, found = 0, []
     for size in sizes:
-        place = Place(
+        place = Layout(
             start,
             batch["b"],
             size,
@@ -185,7 +179,7 @@ def test_a_start_that_only_the_device_knows(batch: dict[str, Any], data: Any) ->
     for start in range(batch["total"]):
         ids = batch["ids"][:, start : start + 1]
         rest = (batch["b"], 1, batch["s"], torch.tensor(batch["lengths"]), batch["real"], ids)
-        a, b = select(selection, Place(start, *rest)), select(selection, Place(torch.tensor(start), *rest))
+        a, b = select(selection, Layout(start, *rest)), select(selection, Layout(torch.tensor(start), *rest))
         full = [torch.full((batch["b"], 1), m) if isinstance(m, bool) else m.expand(batch["b"], -1) for m in (a, b)]
         assert torch.equal(*full)
 
@@ -197,11 +191,11 @@ def test_a_start_that_only_the_device_knows(batch: dict[str, Any], data: Any) ->
 def test_padding_beyond_the_prompt(tokens: Tokens, whole: bool) -> None:
     "A later turn may be padded as well: rows then count apart, in however many passes it is read."
     real = torch.tensor([[0, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
-    at_once = select(tokens, Place(0, 2, 9, 3, None, real))
+    at_once = select(tokens, Layout(0, 2, 9, 3, None, real))
     assert isinstance(at_once, torch.Tensor)
     for start in range(3, 9):
         known = real if whole else real[:, : max(start + 1, 3)]
-        got = select(tokens, Place(start, 2, 1, 3, None, known))
+        got = select(tokens, Layout(start, 2, 1, 3, None, known))
         full = torch.full((2, 1), got) if isinstance(got, bool) else got
         assert torch.equal(full.expand(2, -1), at_once[:, start : start + 1]), start
 
@@ -276,7 +270,7 @@ COLUMNS: list[Any] = [
 @pytest.mark.parametrize("chosen", COLUMNS, ids=repr)
 @pytest.mark.parametrize("join", [or_, and_, sub], ids=lambda join: join.__name__)
 def test_columns_of_every_type_stand_on_either_side(chosen: Any, join: Any) -> None:
-    place = Place(0, 1, 8, 4)
+    place = Layout(0, 1, 8, 4)
     named = [False, False, False, True, True, False, False, False]
     response = [False, False, False, True, True, True, True, True]
 
@@ -406,18 +400,20 @@ def test_another_default_device(how: Any) -> None:
 
     def everything() -> list[Any]:
         chosen = as_selection(**how) if isinstance(how, dict) else as_selection(tokens=how)
-        said = Prompt.of({"input_ids": [[0, 5, 7], [3, 4, 5]], "attention_mask": [[0, 1, 1], [1, 1, 1]]}).for_rows(4)
+        said = PromptLayout.of(
+            {"input_ids": [[0, 5, 7], [3, 4, 5]], "attention_mask": [[0, 1, 1], [1, 1, 1]]}
+        ).for_rows(4)
         found: list[Any] = [
             said.lengths.tolist(),
             said.real.tolist(),
             said.ids.tolist(),
-            Prompt.of([[1], [2, 3]]).lengths.tolist(),
+            PromptLayout.of([[1], [2, 3]]).lengths.tolist(),
         ]  # type: ignore[union-attr]
         ids = torch.cat([said.ids, said.ids + 1], 1)  # type: ignore[list-item, operator]
         for real in (said.real, None):
             for start, length in [(0, 6), (2, 3), (4, 1), (torch.tensor(4, device="cpu"), 1)]:
                 here = ids[:, int(start) : int(start) + length]
-                place = Place(start, 4, length, 3, said.lengths if real is not None else None, real, here)
+                place = Layout(start, 4, length, 3, said.lengths if real is not None else None, real, here)
                 mask = select(chosen, place)
                 found += [mask if isinstance(mask, bool) else mask.tolist()]
                 found += [numbering(place)[0].tolist(), prompt_tokens(place).tolist()]
@@ -452,7 +448,7 @@ def test_another_default_device(how: Any) -> None:
 def test_integers_decide_a_generated_token(tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     "No tensor is made in a pass that reads one generated token, padded rows or not."
     for real in (None, torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()):
-        place = Place(4, 2, 1, 3, None, real)
+        place = Layout(4, 2, 1, 3, None, real)
         with monkeypatch.context() as m:
             for name in ("arange", "zeros", "tensor", "isin", "full", "ones_like"):
                 m.setattr(torch, name, None)
@@ -522,20 +518,20 @@ def test_prompts() -> None:
         {k: v.tolist() for k, v in batch.items()},
         {k: v.numpy() for k, v in batch.items()},
     ]:
-        said = Prompt.of(prompt)
+        said = PromptLayout.of(prompt)
         assert said.columns == 6 and said.lengths.tolist() == [4, 6] and said.real is not None and said.ids is not None
         assert said.real.int().tolist()[0] == [0, 0, 1, 1, 1, 1]
     one = tokenizer("Hi!")
     for prompt in [one, one["input_ids"], torch.tensor(one["input_ids"]), [one["input_ids"]], tuple(one["input_ids"])]:
-        assert Prompt.of(prompt).lengths.tolist() == [4]
-    uneven = Prompt.of([[1, 2, 3], [4]])
+        assert PromptLayout.of(prompt).lengths.tolist() == [4]
+    uneven = PromptLayout.of([[1, 2, 3], [4]])
     assert uneven.columns == 3 and uneven.lengths.tolist() == [3, 1] and uneven.ids is None
     for nothing in ["Hi", ["Hi", "Ho"], None, 3.5]:
         with pytest.raises(TypeError):
-            Prompt.of(nothing)
+            PromptLayout.of(nothing)
     for empty in [[], [[]], torch.zeros(2, 0)]:
         with pytest.raises(ValueError):
-            Prompt.of(empty)
+            PromptLayout.of(empty)
 
 
 ODD: list[tuple[Any, type[Exception], str]] = [
@@ -564,7 +560,7 @@ ODD: list[tuple[Any, type[Exception], str]] = [
 @pytest.mark.parametrize("prompt,error,words", ODD, ids=[str(i) for i in range(len(ODD))])
 def test_odd_prompts_are_refused_in_words(prompt: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        Prompt.of(prompt)
+        PromptLayout.of(prompt)
 
 
 def test_more_prompts() -> None:
@@ -572,21 +568,21 @@ def test_more_prompts() -> None:
 
     from steering_vectors.demo import tiny_tokenizer
 
-    uneven = Prompt.of({"input_ids": [[1, 2, 3], [4]], "attention_mask": [[1, 1, 1], [1]]})
+    uneven = PromptLayout.of({"input_ids": [[1, 2, 3], [4]], "attention_mask": [[1, 1, 1], [1]]})
     assert uneven.columns == 3 and uneven.lengths.tolist() == [3, 1] and uneven.real is None
-    assert Prompt.of([np.array([1, 2]), np.array([3, 4])]).ids.tolist() == [[1, 2], [3, 4]]  # type: ignore[union-attr]
-    assert Prompt.of(np.array([[1, 2], [3, 4]])).lengths.tolist() == [2, 2]
-    assert Prompt.of({"input_ids": [[1, 2]], "attention_mask": None}).real is None
+    assert PromptLayout.of([np.array([1, 2]), np.array([3, 4])]).ids.tolist() == [[1, 2], [3, 4]]  # type: ignore[union-attr]
+    assert PromptLayout.of(np.array([[1, 2], [3, 4]])).lengths.tolist() == [2, 2]
+    assert PromptLayout.of({"input_ids": [[1, 2]], "attention_mask": None}).real is None
     thing = SimpleNamespace(input_ids=torch.tensor([[0, 1]]), attention_mask=torch.tensor([[False, True]]))
-    assert Prompt.of(thing).lengths.tolist() == [1]
-    embedded = Prompt.of({"inputs_embeds": torch.zeros(2, 4, 8), "attention_mask": [[0, 1, 1, 1], [1, 1, 1, 1]]})
+    assert PromptLayout.of(thing).lengths.tolist() == [1]
+    embedded = PromptLayout.of({"inputs_embeds": torch.zeros(2, 4, 8), "attention_mask": [[0, 1, 1, 1], [1, 1, 1, 1]]})
     assert embedded.columns == 4 and embedded.lengths.tolist() == [3, 4] and embedded.ids is None
 
     batch = tiny_tokenizer()(["Hi!", "Hello"], padding=True, return_tensors="pt")
-    assert Prompt.of(batch).words == [batch.tokens(0), batch.tokens(1)]
+    assert PromptLayout.of(batch).words == [batch.tokens(0), batch.tokens(1)]
     batch["input_ids"] = batch["input_ids"][:, 1:]  # no longer what the tokenizer made: its words do not fit
     batch["attention_mask"] = batch["attention_mask"][:, 1:]
-    assert Prompt.of(batch).words is None and Prompt.of(batch).columns == 5
+    assert PromptLayout.of(batch).words is None and PromptLayout.of(batch).columns == 5
 
 
 MIXED: list[Any] = [
@@ -603,7 +599,7 @@ def test_in_a_model_with_and_without_a_cache(tokens: Tokens) -> None:
     "Padded rows, generated from: the columns that differ from the unsteered ones are those that are meant."
     from steering_vectors import SteeringVector
     from steering_vectors.demo import tiny_model
-    from steering_vectors.hooks import read_output
+    from steering_vectors.model.hooks import read_output
 
     model = tiny_model()
     given = {"input_ids": torch.tensor([[0, 0, 9, 17, 5, 12], [5, 9, 17, 33, 12, 44]])}
@@ -625,7 +621,7 @@ def test_in_a_model_with_and_without_a_cache(tokens: Tokens) -> None:
     seen.clear()
     with torch.no_grad(), read_output(model.model.layers[1], seen.append):
         model(ids[:, :-1], attention_mask=real)
-    meant = select(tokens, Place(0, 2, 10, 6, None, given["attention_mask"].bool(), ids[:, :-1]))
+    meant = select(tokens, Layout(0, 2, 10, 6, None, given["attention_mask"].bool(), ids[:, :-1]))
     assert isinstance(meant, torch.Tensor) and bool(meant.any())
     for found in (acts, others):
         marks = (found - seen[0]).abs().amax(-1) > 1

@@ -18,9 +18,10 @@ from versions import fault, skip_if
 
 from steering_vectors import SteeringVector, find_layers
 from steering_vectors.demo import tiny_model
-from steering_vectors.hooks import read_output
-from steering_vectors.positions import Memory, Seen, read_pass
-from steering_vectors.tokens import Tokens
+from steering_vectors.model.hooks import read_output
+from steering_vectors.steer.calls import CacheFacts, CacheMemory
+from steering_vectors.steer.starts import read_call
+from steering_vectors.steer.tokens import Tokens
 
 IDS = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(1))
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])  # padding
@@ -217,13 +218,13 @@ def test_a_model_can_be_copied_while_it_is_steered(model: Any, how: dict[str, An
 
 def test_columns_that_the_model_is_told_are_believed() -> None:
     "Older transformers say where a pass stands, and their static caches count only columns that are not zero."
-    memory, cache = Memory(), DynamicCache()
+    memory, cache = CacheMemory(), DynamicCache()
     prompt = {"input_ids": IDS, "past_key_values": cache, "cache_position": torch.arange(6)}
-    assert read_pass(prompt, {}, memory).start == 0
-    memory.put(cache, Seen(6, 6, None))
+    assert read_call(prompt, {}, memory).start == 0
+    memory.put(cache, CacheFacts(6, 6, None))
     step = {"input_ids": IDS[:, :1], "past_key_values": cache}
-    assert read_pass(step | {"cache_position": torch.tensor([6])}, {}, memory).start == 6
-    on_the_device = read_pass(step | {"cache_position": torch.empty(1, device="meta")}, {}, memory).start
+    assert read_call(step | {"cache_position": torch.tensor([6])}, {}, memory).start == 6
+    on_the_device = read_call(step | {"cache_position": torch.empty(1, device="meta")}, {}, memory).start
     assert isinstance(on_the_device, Tensor)  # not waited for
 
 

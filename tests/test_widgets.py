@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from browser import Watched, browser, chromium
 
-from steering_vectors.widgets import Control, Fixed, Html, Span, as_html
+from steering_vectors.display.controls import Control
+from steering_vectors.display.sliders import Range, Setting
+from steering_vectors.markup import Html, as_html
 
 EMBED = Path(__file__).parents[1] / "nbs" / "widgets" / "embed.js"
 
@@ -42,7 +44,7 @@ def test_a_page_is_the_same_in_another_process_and_ids_differ_within_one():
     import subprocess
     import sys
 
-    code = "from steering_vectors.widgets import Control; c = Control(lambda m: f'{m}</script>', m=[1, 2]); print(c.to_html()); print(c.to_html())"
+    code = "from steering_vectors import Control; c = Control(lambda m: f'{m}</script>', m=[1, 2]); print(c.to_html()); print(c.to_html())"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
     ]
@@ -64,7 +66,7 @@ def test_moves_in_quick_succession_are_one_call():
 
     async def session():
         control = Control(
-            lambda multiplier: calls.append(multiplier) or f"{multiplier:+g}", delay=0.02, multiplier=Span(-3, 3, (0,))
+            lambda multiplier: calls.append(multiplier) or f"{multiplier:+g}", delay=0.02, multiplier=Range(-3, 3, (0,))
         )
         for m in (0.5, 1.0, 1.5, 2.0):
             control.multiplier = m
@@ -147,7 +149,7 @@ def masks(kind):
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-@pytest.mark.parametrize("axis", [lambda a, b: [a, b], lambda a, b: Fixed(a, (a, b)), lambda a, b: Fixed(a, (a,))])
+@pytest.mark.parametrize("axis", [lambda a, b: [a, b], lambda a, b: Setting(a, (a, b)), lambda a, b: Setting(a, (a,))])
 def test_long_masks_are_told_apart(kind, axis):
     none, half = masks(kind)
     calls = []
@@ -166,7 +168,7 @@ def test_an_axis_of_masks_starts_where_it_is_told():
     with pytest.raises(ValueError, match="cannot start at"):
         Control(lambda tokens: "", tokens=[none], start={"tokens": half})
     with pytest.raises(ValueError, match="cannot start at"):
-        Control(lambda tokens: "", tokens=Fixed("none of them", ("a", "b")))
+        Control(lambda tokens: "", tokens=Setting("none of them", ("a", "b")))
 
 
 def test_explore_takes_a_mask():
@@ -174,18 +176,28 @@ def test_explore_takes_a_mask():
 
     from steering_vectors import SteeringVector, sweep
     from steering_vectors.demo import tiny_model, tiny_tokenizer
-    from steering_vectors.prompts import prompt_ids
-    from steering_vectors.widgets import explore
+    from steering_vectors.display.explorer import explore
+    from steering_vectors.train.prompts import prompt_ids
 
     model, tokenizer = tiny_model(), tiny_tokenizer()
     v = SteeringVector({1: 3 * torch.ones(32)})
     mask = torch.zeros_like(prompt_ids(tokenizer, "Hi"))
     mask[:, 3:6] = 1
-    control = explore(model, tokenizer, v, "Hi", None, [0, 1, 2], mask, max_new_tokens=4)  # starts at 1
-    assert control.output.text == sweep(model, tokenizer, v, "Hi", [1], [1], 4, tokens=mask)[1, 1]
+    control = explore(
+        model, tokenizer, v.steering(tokens=mask), "Hi", layers=None, multipliers=[0, 1, 2], max_new_tokens=4
+    )  # starts at 1
+    assert (
+        control.output.text
+        == sweep(model, tokenizer, v.steering(tokens=mask), "Hi", layers=[1], multipliers=[1], max_new_tokens=4)[1, 1]
+    )
     assert [i for i, x in enumerate(control.output.marked.values) if x] == [3, 4, 5]
     control.tokens = 1 - mask
-    assert control.output.text == sweep(model, tokenizer, v, "Hi", [1], [1], 4, tokens=1 - mask)[1, 1]
+    assert (
+        control.output.text
+        == sweep(model, tokenizer, v.steering(tokens=1 - mask), "Hi", layers=[1], multipliers=[1], max_new_tokens=4)[
+            1, 1
+        ]
+    )
     assert control.output.marked.values[3:6] == (0, 0, 0) and "error" not in control.html
 
 
@@ -205,7 +217,7 @@ def test_live_and_page_come_from_one_display():
 
 
 SHOWN = """
-from steering_vectors.widgets import Control
+from steering_vectors.display.controls import Control
 seen = []
 def view(layer):
     seen.append(layer)
@@ -259,7 +271,7 @@ def opened(tmp_path_factory):
         lambda method, on, text: Html(f"<i>{method} {on}</i>"),
         method=["mean", "PCA"],
         on=[True, False],
-        text=Fixed("hm"),
+        text=Setting("hm"),
     )
     long = Control(lambda n: "word " * 80 + "x" * 200 + str(n), n=[1, 2])
     body = "".join(c.to_html() for c in (first, second, long, first))
@@ -334,7 +346,7 @@ MARKS = [
 @pytest.mark.parametrize("marks", MARKS, ids=repr)
 def test_a_slider_reaches_every_mark_and_zero(marks):
     low, high = min(0.0, *marks), max(0.0, *marks)
-    slider = Control(said, layer=[1], multiplier=Span(low, high, marks), start={"multiplier": marks[0]}).pickers[
+    slider = Control(said, layer=[1], multiplier=Range(low, high, marks), start={"multiplier": marks[0]}).pickers[
         "multiplier"
     ]
     reached = positions(slider)
@@ -345,7 +357,7 @@ def test_a_slider_reaches_every_mark_and_zero(marks):
 
 
 def test_a_step_that_is_given_stays():
-    assert Control(said, layer=[1], multiplier=Span(-1, 1, (-1, 1), 0.5)).pickers["multiplier"].step == 0.5
+    assert Control(said, layer=[1], multiplier=Range(-1, 1, (-1, 1), 0.5)).pickers["multiplier"].step == 0.5
 
 
 def explored(prompt="Hi", numbers=(1, 2), **how):
@@ -353,12 +365,13 @@ def explored(prompt="Hi", numbers=(1, 2), **how):
 
     from steering_vectors import SteeringVector
     from steering_vectors.demo import tiny_model, tiny_tokenizer
-    from steering_vectors.widgets import explore
+    from steering_vectors.display.explorer import explore
 
     model, tokenizer = how.pop("model", None) or tiny_model(), tiny_tokenizer()
     v = SteeringVector({n: 3 * torch.ones(32) + n for n in numbers})
     how = {"multipliers": [-1, 1], "max_new_tokens": 3, **how}
-    return explore(model, tokenizer, v, prompt, **how), model, tokenizer, v
+    steering = v.steering(tokens=how.pop("tokens", None))
+    return explore(model, tokenizer, steering, prompt, **how), model, tokenizer, v
 
 
 def test_layers_are_in_order_whatever_the_page_shows():
@@ -412,13 +425,13 @@ def test_explore_takes_any_prompt():
         control, *subject = explored(prompt)
         assert (
             control.output.text
-            == sweep(*subject, prompt, control.layer, control.multiplier, 3)[control.layer, control.multiplier]
+            == sweep(*subject, prompt, control.multiplier, control.layer, 3)[control.layer, control.multiplier]
         )
         assert "steer-error" not in control.html and "prompt" in control.to_html()
         control.prompt = "Other words"
         assert (
             control.output.text
-            == sweep(*subject, "Other words", control.layer, control.multiplier, 3)[control.layer, control.multiplier]
+            == sweep(*subject, "Other words", control.multiplier, control.layer, 3)[control.layer, control.multiplier]
         )
 
 
@@ -437,7 +450,7 @@ def test_a_vector_that_counts_from_the_end_is_explored():
     control, *subject = explored(numbers=(-1, -2))
     assert [v for _, v in control.pickers["layer"].options] == [1, 2, "all"]
     control.layer = -1
-    assert control.output.text == sweep(*subject, "Hi", 2, control.multiplier, 3)[2, control.multiplier]
+    assert control.output.text == sweep(*subject, "Hi", control.multiplier, 2, 3)[2, control.multiplier]
 
 
 def test_sums_of_steps_are_taken_for_the_marks_they_mean():

@@ -1,0 +1,1 @@
+"""Where the layers are, and hooks on them."""

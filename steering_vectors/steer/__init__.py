@@ -1,0 +1,1 @@
+"""Which tokens, what change, and the context in which it holds."""

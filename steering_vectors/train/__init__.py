@@ -1,0 +1,1 @@
+"""From contrastive texts to a vector."""

@@ -1,0 +1,1 @@
+"""`SteeringVector`, and the files it is kept in."""
