@@ -124,6 +124,19 @@ def _check_vector(vector: Any) -> None:
             f"A steering needs a SteeringVector, or layer numbers with their directions, {{18: direction}}; not a {type(vector).__name__}."
         )
 
+# %% ../../nbs/reference/steer/steering.ipynb #02f293c7
+def _check_operator(operator: PatchDeltaOperator | None) -> None:
+    "Refuse what is no operator, and what only makes one."
+    makers: tuple[Any, ...] = (addition_operator, ablation_operator, ablation_then_addition_operator)
+    for maker in makers:
+        if operator is maker:
+            name = getattr(maker, "__name__", "")
+            raise TypeError(f"{name} makes an operator: call it, operator={name}().")
+    if operator is not None and not callable(operator):
+        raise TypeError(
+            f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one."
+        )
+
 # %% ../../nbs/reference/steer/steering.ipynb #dd07b697
 def as_steering(
     how: "Steering | Directions | Mapping[int, Tensor]",
@@ -282,19 +295,6 @@ def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> Steeri
     how = (steering.operator, m, selection, tracker)
     edits = {} if nothing else {n: LayerEdit(found[n], v, *how) for n, v in by_number.items()}
     return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, said)
-
-# %% ../../nbs/reference/steer/steering.ipynb #02f293c7
-def _check_operator(operator: PatchDeltaOperator | None) -> None:
-    "Refuse what is no operator, and what only makes one."
-    makers: tuple[Any, ...] = (addition_operator, ablation_operator, ablation_then_addition_operator)
-    for maker in makers:
-        if operator is maker:
-            name = getattr(maker, "__name__", "")
-            raise TypeError(f"{name} makes an operator: call it, operator={name}().")
-    if operator is not None and not callable(operator):
-        raise TypeError(
-            f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one."
-        )
 
 # %% ../../nbs/reference/steer/steering.ipynb #35c834a3
 def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
