@@ -1,10 +1,12 @@
 """Packaging shim: every value lives in settings.ini; edit there, not here."""
 
 import shlex
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import setuptools
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -12,6 +14,18 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 pkg = cfg["lib_path"]
 pins = (here / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+
+INDEX = f"{pkg}._modidx"  # by which nbdev links names to pages while the site is built: of no use in a wheel
+editable = "editable_wheel" in sys.argv
+
+
+class Library(build_py):
+    "The package as users have it."
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [found for found in modules if editable or f"{found[0]}.{found[1]}" != INDEX]
+
 
 setuptools.setup(
     name=cfg["lib_name"],
@@ -36,7 +50,8 @@ setuptools.setup(
     },
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),
-        "nbdev": [f"{pkg}={pkg}._modidx:d"],
+        "nbdev": [f"{pkg}={INDEX}:d"] if editable else [],
     },
+    cmdclass={"build_py": Library},
     zip_safe=False,
 )

@@ -1,4 +1,8 @@
-"""Is the tree what its notebooks give? Export, clean and README are done again, and what changed is named."""
+"""Is the tree what its notebooks give? Export, clean and README are done again, and what changed is named.
+
+python scripts/_check.py            # what was out of date is rewritten
+python scripts/_check.py --check    # it is only named, and put back
+"""
 
 import ast
 import json
@@ -7,6 +11,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import _export
 
 import _docs
 import _pages
@@ -24,18 +30,26 @@ def derive() -> None:
     "Do again what derives files from notebooks."
     from nbdev.quarto import refresh_quarto_yml
 
-    for command in ("nbdev_clean", "nbdev_export"):
-        subprocess.run([Path(sys.executable).parent / command], check=True)
+    subprocess.run([Path(sys.executable).parent / "nbdev_clean"], check=True)
+    _export.export(_pages.find())
     refresh_quarto_yml()
     (ROOT / "README.md").write_text(_docs.readme(), encoding="utf-8")
 
 
+def put_back(before: dict[Path, bytes], changed: list[Path]) -> None:
+    "Make files what they were."
+    for path in changed:
+        if path in before:
+            (ROOT / path).write_bytes(before[path])
+        else:
+            (ROOT / path).unlink(missing_ok=True)
+
+
 def orphans() -> list[str]:
     "Modules that no notebook exports."
-    sources = "\n".join(p.read_text(encoding="utf-8") for p in _pages.find())
-    taught = {name.replace(".", "/") for name in re.findall(r"#\|\s*default_exp ([\w.]+)", sources)}
-    modules = {p.stem for p in (ROOT / "steering_vectors").rglob("*.py")} - {"__init__", "_modidx"}
-    return [f"steering_vectors/{name}.py is exported by no notebook" for name in sorted(modules - taught)]
+    taught = {_export.module(page) for page in _pages.find()}
+    package = [p for p in (ROOT / "steering_vectors").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")]
+    return [f"{path.relative_to(ROOT)} is exported by no notebook" for path in sorted({*package} - taught)]
 
 
 def unlisted() -> list[str]:
@@ -104,16 +118,14 @@ EXPORTED = {"export", "exporti", "exports", "hide", "default_exp"}
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    only_report = "--check" in sys.argv[1:]
     before = snapshot()
     derive()
     after = snapshot()
     changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
-    problems = (
-        [f"{p} was out of date; it is rewritten: commit it" for p in changed]
-        + orphans()
-        + unlisted()
-        + mixed()
-        + unstored()
-    )
+    if only_report:
+        put_back(before, changed)
+    advice = "run scripts/check, which rewrites it" if only_report else "it is rewritten: commit it"
+    problems = [f"{p} was out of date; {advice}" for p in changed] + orphans() + unlisted() + mixed() + unstored()
     print("\n".join(problems), end="\n" if problems else "")
     sys.exit(1 if problems else 0)

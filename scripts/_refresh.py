@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from nbdev.export import nb_export
+import _export
 
 import _pages
 
@@ -40,7 +40,7 @@ def main() -> int:
         elif changed:
             path.write_text(shown, encoding="utf-8")
         if not args.check and "#| default_exp " in shown:
-            nb_export(path)
+            _export.export([path])
         print(
             f"{'changed' if changed else 'same   '} {path.relative_to(ROOT)} ({time.time() - start:.0f} s)", flush=True
         )

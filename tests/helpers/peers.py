@@ -10,7 +10,7 @@ import platformdirs
 import pytest
 
 CACHE = Path(platformdirs.user_cache_dir("steering_vectors")) / "peers"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def install(*requirements: str) -> Path:
