@@ -3,7 +3,6 @@
 nbdev stages every page in _proc/; Quarto renders that when it is on PATH, else smalldocs, which reads the same settings.
 """
 
-import ast
 import os
 import re
 import shutil
@@ -15,33 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Generated from nbs/index.ipynb: edit the notebook, then `scripts/docs readme`. -->"
 
 
-def import_for_types() -> None:
-    """Let `show_doc` resolve annotations: what a page imports only for type checkers is imported while it is staged, and
-    a class that a signature names before it is defined has a stand-in of its name until then."""
-    from nbdev.processors import exec_show_docs
-
-    begin = exec_show_docs.begin
-
-    def begin_with_types(self: exec_show_docs) -> None:
-        begin(self)
-        for cell in self.nb.cells if hasattr(self, "k") else []:
-            if cell.cell_type != "code" or not re.search(r"^class |TYPE_CHECKING:", cell.source, re.MULTILINE):
-                continue
-            for node in ast.walk(ast.parse(cell.source)):
-                if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                    self.k.run_cell(ast.unparse(node.body))
-                elif isinstance(node, ast.ClassDef):
-                    self.k.run_cell(f"class {node.name}: ...")
-
-    exec_show_docs.begin = begin_with_types
-
-
 def keep_inside(site: Path) -> None:
-    "Let pages with maths load KaTeX from the site itself."
+    "Let pages load what they need from the site itself, and nothing that they do not need."
     for page in site.rglob("*.html"):
         up = "../" * (len(page.relative_to(site).parts) - 1)
         text = page.read_text(encoding="utf-8")
-        own = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist", f"{up}widgets/katex", text)
+        own = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[\w.]+/dist", f"{up}widgets/katex", text)
+        own = re.sub(r'<script src="https://[^"]*/(?:require|jquery)\.min\.js"[^>]*></script>\n?', "", own)
+        own = re.sub(r"<script[^>]*>define\('jquery'.*?</script>\n?", "", own)
+        own = re.sub(r'<meta [^>]*image[^>]*content="[^"]*data:[^"]*"[^>]*>\n?', "", own)
         if own != text:
             page.write_text(own, encoding="utf-8")
 
@@ -54,7 +35,6 @@ def build() -> None:
     from nbdev.serve import proc_nbs
 
     config = get_config()
-    import_for_types()
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     nbdev_sidebar.__wrapped__()

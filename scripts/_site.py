@@ -1,8 +1,20 @@
-"""The one step between a notebook and its page on the site: load the widgets' script where it is needed, and keep links inside the site."""
+"""What stands between a notebook and its page on the site: steps after nbdev's own, named by `procs` in settings.ini.
 
+A page works wherever it is put (under another address, in a folder, opened from a disk without any server), shows the
+source of what it documents, and has signatures that can be read. This module is on the path of every nbdev command once
+scripts/_setup has made the environment.
+"""
+
+import ast
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+CODE_LINK = re.compile(r"\[`([^`\]]+)`\]\([^)\s]*\)")  # a name in backticks that nbdev has linked
+NESTED_LINK = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^)\s]*\)([^\[\]]*)\](?=\()")  # one inside of another link
+MODULES = re.compile(r"\b(?:torch\.nn\.modules\.module|collections\.abc|torch|typing|__main__|steering_vectors(?:\.\w+)*)\.(?=\w)")
 
 
 def local_links(
@@ -10,8 +22,59 @@ def local_links(
     site: str,  # the site's full address, with a slash at its end
     up: str,  # the way from this page to the top of the site
 ) -> str:  # Markdown
-    "Turn links to `site` into relative ones."
+    "Links to `site` become relative ones."
     return text.replace(f"]({site}", f"]({up}").replace(f'href="{site}', f'href="{up}')
+
+
+def mended_links(text: str) -> str:
+    "Markdown without links inside of links or of code."
+    text = NESTED_LINK.sub(r"[\1\2\3]", text)
+    return FENCE.sub(lambda fence: CODE_LINK.sub(r"\1", fence.group()), text)
+
+
+def aliases() -> dict[str, str]:
+    "The written-out types that have a name, longest first."
+    from steering_vectors.model.families import LayerType, ModelLayerConfig
+    from steering_vectors.steer.operators import PatchDeltaOperator
+    from steering_vectors.train.aggregators import Aggregator
+
+    named = {"LayerType": LayerType, "ModelLayerConfig": ModelLayerConfig, "PatchDeltaOperator": PatchDeltaOperator}
+    named["Aggregator"] = Aggregator
+    return {str(kind): name for name, kind in sorted(named.items(), key=lambda item: -len(str(item[1])))}
+
+
+def readable_signature(text: str) -> str:
+    "What `show_doc` gives, with types by their names and without marks that are for tools."
+
+    def short(fence: re.Match[str]) -> str:
+        code = fence.group()
+        for written, name in aliases().items():
+            code = code.replace(written, name)
+        code = re.sub(r"\s*# (noqa|type:)[^\n#]*", "", code)
+        return MODULES.sub("", code).replace("<factory>", "...")
+
+    text = FENCE.sub(short, text)
+    heading = re.search(r"^(#+ )([\w.]*__\w+__)$", text, re.MULTILINE)
+    if heading:  # Markdown would take the underscores for emphasis
+        written = heading[2].replace("_", r"\_")
+        text = text.replace(heading[0], f"{heading[1]}{written} {{#{heading[2].lower()}}}")
+    return text
+
+
+def folded(source: str) -> str:
+    "An exported cell as the site shows it: folded, under the signature."
+    body = re.sub(r"^#\| *(code-fold|code-summary).*\n", "", source, flags=re.MULTILINE)
+    return f'#| code-fold: true\n#| code-summary: "Source"\n{body}'
+
+
+def defined(source: str) -> list[str]:
+    "The private names that a cell defines: links lead to them, and no heading stands for them."
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return []
+    named = [n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    return [name for name in named if name.startswith("_") and not name.startswith("__")]
 
 
 def has_control(
@@ -28,7 +91,7 @@ def colab_link(
     branch: str,
     page: str,  # this notebook, from the top of the project
 ) -> str:  # Markdown
-    "Turn the mark `<!-- colab -->` into a link that opens the notebook in Colab."
+    "The mark `<!-- colab -->` becomes a link that opens the notebook in Colab."
     place = f"{git_url.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/{branch}/{page}"
     return text.replace("<!-- colab -->", f"[Open this page in Colab]({place}).")
 
@@ -47,13 +110,13 @@ class SitePage:
     def __call__(self, cell: Any) -> None: ...
 
     def end(self) -> None:
-        "Rewrite links, and add the widgets' script after the last cell."
+        "What is left to do when nbdev's own steps are through."
         from nbdev.config import get_config
 
         cfg = get_config()
         page = Path(self.nb.path_).resolve().relative_to(Path(cfg.nbs_path).resolve())
         for cell in self.nb.cells:
-            if cell.cell_type == "markdown":
+            if cell.cell_type == "markdown" and cell.source:
                 cell.source = colab_link(cell.source, cfg.git_url, cfg.branch, f"nbs/{page.as_posix()}")
         finish(self.nb, cfg.doc_host + cfg.doc_baseurl.rstrip("/") + "/", "../" * (len(page.parts) - 1))
 
@@ -63,18 +126,59 @@ def finish(
     site: str,  # the site's full address
     up: str,  # the way from this page to the top of the site
 ) -> None:
-    "Rewrite the links of a notebook and add the widgets' script if it has a control."
+    "Mend the links and signatures of a notebook, fold its sources, and add the widgets' script if it has a control."
     from execnb.nbio import mk_cell
 
     nb.metadata.pop("widgets", None)  # ids in there change at every run
-    if not os.environ.get("STEER_README"):
-        for cell in nb.cells:
-            if cell.cell_type == "markdown":
-                cell.source = local_links(cell.source, site, up)
-            for out in cell.get("outputs") or []:
-                data = out.get("data") or {}
-                for kind in {"text/markdown", "text/html"} & set(data):
-                    data[kind] = local_links("".join(data[kind]), site, up)
+    for_readme = bool(os.environ.get("STEER_README"))
+    cells = []
+    for cell in nb.cells:
+        if cell.cell_type == "markdown" and cell.source and not for_readme:
+            cell.source = local_links(mended_links(cell.source), site, up)
+        if cell.cell_type == "code" and "code-fold: show" in (cell.source or ""):
+            cell.source = folded(cell.source)
+            anchors = "".join(f'<a id="{name}"></a>' for name in defined(cell.source))
+            cells += [mk_cell("```{=html}\n" + anchors + "\n```", "markdown")] if anchors else []
+        for out in cell.get("outputs") or []:
+            mend_output(out, site, up, for_readme)
+        cells.append(cell)
+    nb.cells = cells
     if has_control(nb.cells):
         tag = f'<script src="{up}widgets/embed.js"></script>'
         nb.cells.append(mk_cell("```{=html}\n" + tag + "\n```", "markdown"))
+
+
+def mend_output(out: Any, site: str, up: str, for_readme: bool) -> None:
+    "The same for one output of a cell."
+    if "text" in out:  # in lines: a renderer counts the backticks of each
+        out["text"] = "".join(out["text"]).splitlines(keepends=True)
+    data = out.get("data") or {}
+    if "text/markdown" in data:
+        data["text/markdown"] = readable_signature(mended_links("".join(data["text/markdown"])))
+    if not for_readme:
+        for kind in {"text/markdown", "text/html"} & set(data):
+            data[kind] = local_links("".join(data[kind]), site, up)
+
+
+def name_everything_first() -> None:
+    """Let `show_doc` resolve annotations: before a page is staged, what it exports is run, and what it imports only for type
+    checkers is imported."""
+    from nbdev.processors import exec_show_docs
+
+    begin = exec_show_docs.begin
+
+    def begin_with_names(self: exec_show_docs) -> None:
+        begin(self)
+        for cell in self.nb.cells if hasattr(self, "k") else []:
+            directives = getattr(cell, "directives_", None) or {}
+            if cell.cell_type != "code" or not directives.keys() & {"export", "exporti", "exports"}:
+                continue
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                    self.k.run_cell(ast.unparse(node.body))
+            self.k.run_cell(cell.source)
+
+    exec_show_docs.begin = begin_with_names
+
+
+name_everything_first()
