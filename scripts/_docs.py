@@ -16,6 +16,11 @@ NOTE = "<!-- Generated from nbs/index.ipynb: edit the notebook, then `scripts/do
 
 def keep_inside(site: Path) -> None:
     "Let pages load what they need from the site itself, and nothing that they do not need."
+    for sheet in site.rglob("*.css"):  # themes ask for fonts from elsewhere; a system's own will do
+        text = sheet.read_text(encoding="utf-8")
+        own = re.sub(r"@import\s*(?:url\()?[\"']?https?://[^;]*;", "", text)
+        if own != text:
+            sheet.write_text(own, encoding="utf-8")
     for page in site.rglob("*.html"):
         up = "../" * (len(page.relative_to(site).parts) - 1)
         text = page.read_text(encoding="utf-8")

@@ -14,7 +14,9 @@ from typing import Any
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 CODE_LINK = re.compile(r"\[`([^`\]]+)`\]\([^)\s]*\)")  # a name in backticks that nbdev has linked
 NESTED_LINK = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^)\s]*\)([^\[\]]*)\](?=\()")  # one inside of another link
-MODULES = re.compile(r"\b(?:torch\.nn\.modules\.module|collections\.abc|torch|typing|__main__|steering_vectors(?:\.\w+)*)\.(?=\w)")
+MODULES = re.compile(
+    r"\b(?:torch\.nn\.modules\.module|collections\.abc|torch|typing|__main__|steering_vectors(?:\.\w+)*)\.(?=\w)"
+)
 
 
 def local_links(

@@ -16,7 +16,10 @@ PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html")) if 
 GUIDE = [p for p in PAGES if p.startswith("guide/")]
 WITH_CONTROL = [p for p in PAGES if 'class="steer-control"' in (SITE / p).read_text(encoding="utf-8")]
 
-pytestmark = pytest.mark.skipif(not PAGES, reason="the site is not built: scripts/docs build")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not PAGES, reason="the site is not built: scripts/docs build"),
+]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -94,12 +97,27 @@ def test_controls_move_from_a_file_and_in_a_narrow_window(context, path):
     w.page.close()
 
 
+CUT_OFF = """() => [...document.querySelectorAll('main pre, main table, main .steer-control')]
+    .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1)
+    .map(e => e.innerText.slice(0, 80))"""
+PROSE = """() => { const copy = document.querySelector('main').cloneNode(true);
+    copy.querySelectorAll('pre, code, script, style').forEach(e => e.remove());
+    return copy.textContent }"""
+
+
 @pytest.mark.parametrize("path", PAGES)
-def test_pages_open_without_errors_or_requests_outside(home, context, path):
+def test_pages_open_without_errors_and_nothing_is_cut_off(home, context, path):
     w = Watched(context, home)
     w.page.goto(f"{home}/{path}")
     words = w.page.locator("main p, main li").all_inner_texts()
     assert sum(len(t.split()) for t in words) > 40, "a page without prose"
+    for width in (1280, 1000, 400):
+        w.page.set_viewport_size({"width": width, "height": 900})
+        assert w.page.evaluate(CUT_OFF) == [], f"cut off at {width} pixels"
+        assert w.page.evaluate("document.documentElement.scrollWidth") <= width + 1
+    seen = w.page.locator("main").inner_text()
+    assert "](" not in w.page.evaluate(PROSE), "Markdown that was not rendered"
+    assert "noqa" not in seen and "__main__." not in seen
     assert not w.errors and not w.outside
     w.page.close()
 
@@ -107,12 +125,15 @@ def test_pages_open_without_errors_or_requests_outside(home, context, path):
 def test_links_within_the_site_lead_somewhere():
     import re
 
+    texts = {page: (SITE / page).read_text(encoding="utf-8") for page in PAGES}
+    ids = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in texts.items()}
     missing = set()
-    for page in PAGES:
-        text = (SITE / page).read_text(encoding="utf-8")
-        for link in re.findall(r'href="([^"#?:]+\.html)(?:#[^"]*)?"', text):
-            if not ((SITE / page).parent / link).resolve().exists():
-                missing.add((page, link))
+    for page, text in texts.items():
+        for link, part in re.findall(r'href="([^"#?:]*)(?:#([^"]*))?"', text):
+            target = ((SITE / page).parent / link).resolve() if link else (SITE / page).resolve()
+            name = target.relative_to(SITE.resolve()).as_posix() if target.is_relative_to(SITE.resolve()) else ""
+            if not target.exists() or (part and name in ids and part not in ids[name]):
+                missing.add((page, f"{link}#{part}" if part else link))
     assert not missing
 
 
