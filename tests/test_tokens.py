@@ -519,7 +519,9 @@ def test_prompts() -> None:
         {k: v.numpy() for k, v in batch.items()},
     ]:
         said = PromptLayout.of(prompt)
-        assert said.columns == 6 and said.lengths.tolist() == [4, 6] and said.is_token is not None and said.ids is not None
+        assert (
+            said.columns == 6 and said.lengths.tolist() == [4, 6] and said.is_token is not None and said.ids is not None
+        )
         assert said.is_token.int().tolist()[0] == [0, 0, 1, 1, 1, 1]
     one = tokenizer("Hi!")
     for prompt in [one, one["input_ids"], torch.tensor(one["input_ids"]), [one["input_ids"]], tuple(one["input_ids"])]:

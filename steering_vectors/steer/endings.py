@@ -114,7 +114,9 @@ def _columns_before(
     return found
 
 # %% ../../nbs/reference/steer/endings.ipynb #e3063f84
-def _front_of(call: Call, prompt: PromptLayout, embed: Callable[[Tensor], Any] | None, earlier: Sequence[Tensor]) -> int:
+def _front_of(
+    call: Call, prompt: PromptLayout, embed: Callable[[Tensor], Any] | None, earlier: Sequence[Tensor]
+) -> int:
     "Columns before the prompt: found out at its first pass, and then kept with the cache."
     if call.fresh:
         front = _columns_before(call, prompt, embed, earlier)

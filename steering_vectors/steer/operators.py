@@ -37,7 +37,8 @@ def _component(activation: Tensor, vector: Tensor) -> Tensor:
     "The part of `activation` that points along `vector`, in float32 or better."
     dtype = torch.promote_types(torch.promote_types(activation.dtype, vector.dtype), torch.float32)
     h, v = activation.to(dtype), vector.to(dtype)
-    square = (v * v).sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)  # no branch for 0: it would wait for the device
+    square = (v * v).sum(-1, keepdim=True)
+    square = square.clamp_min(torch.finfo(dtype).tiny)  # no branch for 0: it would wait for the device
     return (h * v).sum(-1, keepdim=True) / square * v
 
 # %% ../../nbs/reference/steer/operators.ipynb #495fca3f

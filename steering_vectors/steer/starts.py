@@ -70,8 +70,8 @@ def _entries(call: Call, sources: Sequence[CallArguments]) -> int | Tensor | Non
     if not isinstance(length, Tensor):
         return length
     on_cpu = length.device.type == "cpu"
-    begins_prompt = call.facts is None or call.length > 1  # read from the device once for each prompt, not for each token
-    return int(length) if on_cpu or begins_prompt else length
+    begins_prompt = call.facts is None or call.length > 1
+    return int(length) if on_cpu or begins_prompt else length  # the device is read once per prompt, not per token
 
 # %% ../../nbs/reference/steer/starts.ipynb #343bbcb1
 def _longer_mask(call: Call, sources: Sequence[CallArguments]) -> Tensor | None:

@@ -15,21 +15,19 @@ from torch import Tensor, nn
 
 from ..markup import html_table
 from ..model.attachments import Attachment, AttachmentGroup
-from ..model.blocks import text_config, unwrap
+from ..model.blocks import unwrap
 from ..model.families import LayerType, ModelLayerConfig
 from ..model.hooks import HookHandle
 from ..model.layers import _spans, modules_around, resolve_layer_numbers, resolve_layers
 from ..model.runs import RunWatch
+from .checks import _check_operator, _check_reach, _check_vector, _check_width
 from .decorating import F, _decorated
-from .edits import LayerEdit, _stored_numbers, as_multiplier
-from .layouts import Layout, PromptLayout
-from .operators import PatchDeltaOperator, ablation_operator, ablation_then_addition_operator
-from .operators import addition_operator
+from .edits import LayerEdit, as_multiplier
+from .layouts import PromptLayout
+from .operators import PatchDeltaOperator, addition_operator
 from .pictures import cells_as_html, cells_as_text, token_cells
-from .places import select
 from .positions import PassTracker
 from .records import SteeringRecord, read_record, write_record
-from .selections import Columns
 from .tokens import Tokens, as_selection
 
 # %% ../../nbs/reference/steer/steering.ipynb #805a45de
@@ -121,27 +119,6 @@ class Steering:
 
     def _repr_html_(self) -> str:
         return html_table(["steering", ""], _as_rows(self))
-
-# %% ../../nbs/reference/steer/steering.ipynb #a847d94c
-def _check_vector(vector: Any) -> None:
-    "Refuse what has no directions."
-    if not isinstance(vector, Mapping) and not hasattr(vector, "layer_activations"):
-        raise TypeError(
-            f"A steering needs a SteeringVector, or layer numbers with their directions, {{18: direction}}; not a {type(vector).__name__}."
-        )
-
-# %% ../../nbs/reference/steer/steering.ipynb #02f293c7
-def _check_operator(operator: PatchDeltaOperator | None) -> None:
-    "Refuse what is no operator, and what only makes one."
-    makers: tuple[Any, ...] = (addition_operator, ablation_operator, ablation_then_addition_operator)
-    for maker in makers:
-        if operator is maker:
-            name = getattr(maker, "__name__", "")
-            raise TypeError(f"{name} makes an operator: call it, operator={name}().")
-    if operator is not None and not callable(operator):
-        raise TypeError(
-            f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one."
-        )
 
 # %% ../../nbs/reference/steer/steering.ipynb #dd07b697
 def as_steering(
@@ -304,41 +281,3 @@ def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> Steeri
     if m != 0 if isinstance(m, float) else bool(m.any()):
         edits = {n: LayerEdit(found[n], v, steering.operator, m, selection, tracker) for n, v in by_number.items()}
     return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, layout)
-
-# %% ../../nbs/reference/steer/steering.ipynb #711b3346
-def _check_direction(n: int, v: Any) -> None:
-    "Refuse what is no row of numbers."
-    if not isinstance(v, Tensor) or v.ndim != 1 or not v.is_floating_point():
-        what = f"shape {tuple(v.shape)} and dtype {v.dtype}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
-        raise ValueError(
-            f"The vector of layer {n} must be one row of floating-point numbers, shape (d,); it is {what}."
-        )
-    numbers = _stored_numbers(v)
-    if numbers is not None and bool(numbers.isnan().any()):
-        raise ValueError(f"The vector of layer {n} holds NaN, which would spread to every token.")
-
-# %% ../../nbs/reference/steer/steering.ipynb #35c834a3
-def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
-    "Refuse a vector that cannot belong to this model. (A few families return several streams, so a multiple may be right.)"
-    _check_direction(n, v)
-    width = getattr(text_config(model), "hidden_size", None)
-    if isinstance(width, int) and (len(v) % width or not len(v)):
-        raise ValueError(
-            f"The vector of layer {n} has width {len(v)}, but the hidden size of {type(model).__name__} is {width}. Was it trained on another model?"
-        )
-
-# %% ../../nbs/reference/steer/steering.ipynb #6ac146ae
-def _check_reach(selection: Tokens | None, prompt: PromptLayout | None) -> None:
-    "Refuse columns before the prompt's beginning, and a selection within the prompt that selects nothing of it."
-    if prompt is None or selection is None:
-        return
-    inside = selection.within_prompt and not selection.needs_ids
-    numbers = isinstance(selection.node, Columns) and isinstance(selection.node.index, tuple)
-    if not (inside or numbers):
-        return
-    layout = Layout(0, len(prompt.lengths), prompt.columns, prompt.columns, prompt.lengths, prompt.is_token)
-    mask = select(selection, layout)  # refuses columns before the first
-    if numbers:
-        return  # the others may lie beyond the prompt
-    if mask is False or (isinstance(mask, Tensor) and not bool(mask.any())):
-        raise ValueError(f"{selection!r} selects nothing: the rows of prompt= have {prompt.lengths.tolist()} tokens.")

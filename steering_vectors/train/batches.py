@@ -28,7 +28,7 @@ from .packing import Row, ancestor_mask
 from .reading import EncodedText
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 # %% ../../nbs/reference/train/batches.ipynb #1dc5d9df
 class Batch(NamedTuple):
