@@ -43,26 +43,26 @@ _lock = threading.RLock()
 class _Stance:
     "Compiled functions run uncompiled while at least one of our hooks is attached."
 
-    held: Any = None
-    turning = False
+    forced: Any = None  # PyTorch's switch, while it is turned
+    is_turning = False
 
     def update(self) -> None:
         "Turn the switch as `_listeners` needs it; calling this once too often changes nothing."
-        self.turning = True
+        self.is_turning = True
         try:
-            while (self.held is None) == any(True for _ in _listeners):
-                if self.held is None:
+            while (self.forced is None) == any(True for _ in _listeners):
+                if self.forced is None:
                     _check_not_compiled()
-                    self.held = torch.compiler.set_stance("force_eager")
+                    self.forced = torch.compiler.set_stance("force_eager")
                 else:
-                    self.held.__exit__(None, None, None)
-                    self.held = None
+                    self.forced.__exit__(None, None, None)
+                    self.forced = None
         finally:
-            self.turning = False
+            self.is_turning = False
 
     def forget(self) -> None:
         "A module has gone together with its hook. (If it went while we turn the switch, the loop looks again.)"
-        if not self.turning and _lock.acquire(blocking=False):
+        if not self.is_turning and _lock.acquire(blocking=False):
             try:
                 self.update()
             except RuntimeError:  # inside of a compiled function nobody may turn it; the next hook will

@@ -206,7 +206,7 @@ INPUT_NAMES = ("input_ids", "inputs_embeds", "hidden_states")
 SEVERAL_SEQUENCES_NAMES = ("cu_seq_lens_q", "block_table")
 
 # %% ../../nbs/reference/model/families.ipynb #8cbbf2f2
-LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # most families; hybrids such as Zamba; RecurrentGemma
+LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")  # hybrids and older ones differ
 
 # %% ../../nbs/reference/model/families.ipynb #4a84129b
 BLOCK_ENDINGS = [  # norm, map, norm after it

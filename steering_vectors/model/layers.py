@@ -32,8 +32,8 @@ def _required(function: Callable[..., str]) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # methods of built-in types, like a dictionary's __getitem__, have no signature; they take the number
-        return 1
+    except ValueError:
+        return 1  # methods of built-in types, like a dictionary's __getitem__, have no signature; they take the number
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)
 
 # %% ../../nbs/reference/model/layers.ipynb #59a51802

@@ -187,7 +187,8 @@ def _padding_counts(node: _Part, layout: Layout, counted_from: int) -> bool:
     if not isinstance(layout.start, int):
         return True
     masked = layout.is_token.shape[1]  # no later column is padding
-    return masked > (layout.start if node.index is None else counted_from)  # a whole part counts nothing before the pass
+    first_counted = layout.start if node.index is None else counted_from  # a whole part counts nothing before the pass
+    return masked > first_counted
 
 # %% ../../nbs/reference/steer/places.ipynb #8d789341
 def _part_mask(node: _Part, layout: Layout) -> Tensor:
