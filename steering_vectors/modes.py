@@ -1,4 +1,12 @@
-"""The model comes back as it was.
+"""Bring a model back as it was, whatever was done with it meanwhile.
+
+Reading activations and measuring steering must not change what they look at. `undisturbed` is the
+one context for all of it: inside, the model is in evaluation mode and keeps no gradients;
+afterwards every module is in the mode it was in before, and random numbers go on where they were.
+
+Dropout would blur what is read, so the mode has to change for a while. Modules need not all be in
+the same mode, so each one's mode is restored by itself. That holds after an error and after Ctrl-C,
+too.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/modes.html
 """
@@ -11,27 +19,9 @@ __all__ = ['undisturbed']
 # %% ../nbs/reference/modes.ipynb #ee4c6d50
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-
-# %% ../nbs/reference/modes.ipynb #17f77bd2
-@contextmanager
-def undisturbed(
-    model: nn.Module,
-) -> Iterator[None]:
-    "Evaluation mode without gradients; modes and random state come back as they were."
-    learning = [module for module in model.modules() if module.training]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        try:
-            for module in learning:
-                module.training = False
-            yield
-        finally:
-            for module in learning:
-                module.training = True
 
 # %% ../nbs/reference/modes.ipynb #c46c6edd
 def _accelerators() -> list[torch.device]:
@@ -40,19 +30,34 @@ def _accelerators() -> list[torch.device]:
     if kind is None:
         return []
     module = torch.get_device_module(kind)
-    begun = getattr(module, "is_initialized", module.is_available)
-    return [torch.device(kind.type, i) for i in range(module.device_count())] if begun() else []
+    has_begun = getattr(module, "is_initialized", module.is_available)
+    return [torch.device(kind.type, i) for i in range(module.device_count())] if has_begun() else []
 
-# %% ../nbs/reference/modes.ipynb #3083dcea
+# %% ../nbs/reference/modes.ipynb #1d5ddc55
+def _seed(seed: int, devices: list[torch.device]) -> None:
+    "Seed the CPU, and the accelerators that are in use: `torch.manual_seed` alone would also seed one that has not begun."
+    if devices:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+# %% ../nbs/reference/modes.ipynb #17f77bd2
 @contextmanager
-def _measuring(
-    model: Any,
+def undisturbed(
+    model: nn.Module,  # not changed
     seed: int | None = None,  # of what is drawn inside; None: nothing is seeded
 ) -> Iterator[None]:
-    "Evaluation mode and no gradients; modes and random numbers come back as they were, on every device."
+    "Evaluation mode without gradients; afterwards modes and random numbers are as they were, on every device."
     devices = _accelerators()
     kind = devices[0].type if devices else "cuda"
-    with undisturbed(model), torch.random.fork_rng(devices, device_type=kind):
-        if seed is not None:  # torch.manual_seed would also seed an accelerator that has not begun
-            (torch.manual_seed if devices else torch.default_generator.manual_seed)(seed)
-        yield
+    training = [module for module in model.modules() if module.training]
+    with torch.random.fork_rng(devices, device_type=kind), torch.no_grad():
+        if seed is not None:
+            _seed(seed, devices)
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True

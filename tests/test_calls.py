@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, DynamicCache, OpenAIGPTConfig, OpenAIGPTLMHeadModel, StaticCache
 
 from steering_vectors.demo import tiny_model
-from steering_vectors.model.families import STATE_ATTRIBUTES
+from steering_vectors.model.families import CACHE_NAMES
 from steering_vectors.modes import undisturbed
 from steering_vectors.steer import caches
 from steering_vectors.steer.caches import cache_length, find_cache, is_cache, named_arguments, returned
@@ -60,7 +60,7 @@ def renamed(model: Any, name: str, back: str) -> Any:
             self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None, **kwargs: Any
         ) -> Any:
             cache = kwargs.get(name) if kwargs.get(name) is not None else DynamicCache(config=self.config)
-            inner = next(k for k in STATE_ATTRIBUTES if k in named_arguments_of(kind))
+            inner = next(k for k in CACHE_NAMES if k in named_arguments_of(kind))
             out = super().forward(input_ids, attention_mask=attention_mask, use_cache=True, **{inner: cache})
             return {"last_hidden_state": out.last_hidden_state, back: cache}
 
@@ -107,7 +107,7 @@ class Sub(DynamicCache):
 @pytest.mark.parametrize("by_place", [True, False])
 def test_kinds_of_caches(model: Any, make: Callable[[Any], Any], by_place: bool) -> None:
     names = named_arguments_of(type(model.model))
-    name = next(k for k in STATE_ATTRIBUTES if k in names)
+    name = next(k for k in CACHE_NAMES if k in names)
 
     def loop() -> None:
         cache = make(model)
@@ -140,7 +140,7 @@ def test_tuples_of_pairs_are_counted(model: Any) -> None:
             cache = DynamicCache()
             for n, (keys, values) in enumerate(past or ()):
                 cache.update(keys, values, n)
-            name = next(k for k in STATE_ATTRIBUTES if k in named_arguments_of(kind))
+            name = next(k for k in CACHE_NAMES if k in named_arguments_of(kind))
             out = super().forward(input_ids, use_cache=True, **{name: cache})
             return out.last_hidden_state, pairs(cache)
 
@@ -194,7 +194,7 @@ HIDDEN: dict[str, Callable[[Any], Any]] = {
 def strange(model: Any, hide: Callable[[Any], Any], inside: bool = False) -> Any:
     "A decoder whose cache nobody knows: given and returned as `memo`, or kept inside."
     kind = type(model.model)
-    name = next(k for k in STATE_ATTRIBUTES if k in named_arguments_of(kind))
+    name = next(k for k in CACHE_NAMES if k in named_arguments_of(kind))
 
     class Strange(kind):  # type: ignore[misc, valid-type]
         now: Any = None
@@ -288,7 +288,7 @@ def test_arguments_without_names_are_not_lost() -> None:
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "kv"])
 def test_reading_continues_under_the_name_that_the_model_has(model: Any, name: str) -> None:
-    kind, own = type(model.model), next(k for k in STATE_ATTRIBUTES if k in named_arguments_of(type(model.model)))
+    kind, own = type(model.model), next(k for k in CACHE_NAMES if k in named_arguments_of(type(model.model)))
 
     def forward(
         self: Any,

@@ -53,7 +53,7 @@ def vector(*layers: int) -> SteeringVector:
 def model() -> Iterator[Any]:
     model = tiny_model("llama")
     yield model
-    assert hooks_on(model) == 0 and len(attachments._listeners) == 0 and attachments._stance.held is None
+    assert hooks_on(model) == 0 and len(attachments._listeners) == 0 and attachments._stance.forced is None
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -80,9 +80,9 @@ def test_a_dropped_handle_lets_its_model_go(how: dict[str, Any], run: bool) -> N
     if run:
         logits(mm)
     gone = [weakref.ref(block) for block in mm.model.layers]
-    assert alive(gone) == 3 and attachments._stance.held is not None, "as long as the model is there"
+    assert alive(gone) == 3 and attachments._stance.forced is not None, "as long as the model is there"
     del mm, handle
-    assert alive(gone) == 0 and attachments._stance.held is None and not list(attachments._listeners)
+    assert alive(gone) == 0 and attachments._stance.forced is None and not list(attachments._listeners)
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)
@@ -92,9 +92,9 @@ def test_a_cell_that_runs_four_times(how: dict[str, Any]) -> None:
         mm: Any = tiny_model(seed=i)
         handle = vector().patch(mm, **how)
         gone.append(weakref.ref(mm.model.layers[1]))
-    assert alive(gone) == 1 and attachments._stance.held is not None
+    assert alive(gone) == 1 and attachments._stance.forced is not None
     handle.remove()
-    assert attachments._stance.held is None and hooks_on(mm) == 0
+    assert attachments._stance.forced is None and hooks_on(mm) == 0
     del mm, handle
     assert alive(gone) == 0
 
@@ -105,7 +105,7 @@ def test_a_dropped_reader_and_a_dropped_recording() -> None:
     read_output(mm.model.layers[0], lambda h: None)
     record_activations(mm).attach()
     del mm
-    assert alive(gone) == 0 and attachments._stance.held is None
+    assert alive(gone) == 0 and attachments._stance.forced is None
 
 
 def test_hooks_that_others_cleared_free_the_switch(model: Any) -> None:
@@ -113,7 +113,7 @@ def test_hooks_that_others_cleared_free_the_switch(model: Any) -> None:
     for module in model.modules():
         module._forward_hooks.clear()
     gc.collect()
-    assert attachments._stance.held is None
+    assert attachments._stance.forced is None
     handle.remove()
     with vector().apply(model):
         steered = logits(model)
@@ -126,8 +126,8 @@ def test_a_model_that_goes_leaves_the_switch_to_another(model: Any) -> None:
     with vector().apply(model):
         del mm
         gc.collect()
-        assert attachments._stance.held is not None
-    assert attachments._stance.held is None
+        assert attachments._stance.forced is not None
+    assert attachments._stance.forced is None
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -154,7 +154,7 @@ def test_a_copy_is_another_model(model: Any, made: Callable[[Any], Any], how: di
     vector().patch(mm, **how)
     twin, gone = made(mm), [weakref.ref(mm)]
     del mm
-    assert alive(gone) == 0 and attachments._stance.held is None
+    assert alive(gone) == 0 and attachments._stance.forced is None
 
 
 # --- one meaning of `with` -------------------------------------------------------------------------------------------
@@ -1014,7 +1014,7 @@ def test_a_block_inside_of_a_compiled_function_is_refused(model: Any, open_: Any
 
     with pytest.raises(ValueError, match="cannot begin inside of a function that torch.compile compiles"):
         torch.compile(inside, backend="eager")()
-    assert hooks_on(model) == 0 and attachments._stance.held is None
+    assert hooks_on(model) == 0 and attachments._stance.forced is None
     compiled = torch.compile(lambda: model(IDS, use_cache=False).logits, backend="eager")
     with torch.no_grad():
         plain = compiled()

@@ -55,7 +55,7 @@ def clean(model: Any) -> Any:
     before, logits = hooks_on(model), model(IDS).logits
     yield
     assert hooks_on(model) == before == 0
-    assert len(attachments._listeners) == 0 and attachments._stance.held is None
+    assert len(attachments._listeners) == 0 and attachments._stance.forced is None
     assert torch.equal(model(IDS).logits, logits)
 
 
@@ -109,7 +109,7 @@ def every_line(run: Callable[[], Any], check: Callable[[], None], step: int = 1)
 
 def nothing_left(model: Any) -> Callable[[], None]:
     def check() -> None:
-        assert hooks_on(model) == 0 and len(attachments._listeners) == 0 and attachments._stance.held is None
+        assert hooks_on(model) == 0 and len(attachments._listeners) == 0 and attachments._stance.forced is None
 
     return check
 

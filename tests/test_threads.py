@@ -118,7 +118,7 @@ def test_a_shared_place_would_be_seen(model: Any, monkeypatch: pytest.MonkeyPatc
     "With one state for all threads the comparison above fails: the fault, present and seen."
 
     class Shared:
-        run, outer, uncached, before = None, {}, (), None
+        call, outer, uncached, last = None, {}, (), None
 
     forget = PassTracker._forget
 

@@ -405,12 +405,12 @@ def test_another_default_device(how: Any) -> None:
         ).for_rows(4)
         found: list[Any] = [
             said.lengths.tolist(),
-            said.real.tolist(),
+            said.is_token.tolist(),
             said.ids.tolist(),
             PromptLayout.of([[1], [2, 3]]).lengths.tolist(),
         ]  # type: ignore[union-attr]
         ids = torch.cat([said.ids, said.ids + 1], 1)  # type: ignore[list-item, operator]
-        for real in (said.real, None):
+        for real in (said.is_token, None):
             for start, length in [(0, 6), (2, 3), (4, 1), (torch.tensor(4, device="cpu"), 1)]:
                 here = ids[:, int(start) : int(start) + length]
                 place = Layout(start, 4, length, 3, said.lengths if real is not None else None, real, here)
@@ -519,8 +519,10 @@ def test_prompts() -> None:
         {k: v.numpy() for k, v in batch.items()},
     ]:
         said = PromptLayout.of(prompt)
-        assert said.columns == 6 and said.lengths.tolist() == [4, 6] and said.real is not None and said.ids is not None
-        assert said.real.int().tolist()[0] == [0, 0, 1, 1, 1, 1]
+        assert (
+            said.columns == 6 and said.lengths.tolist() == [4, 6] and said.is_token is not None and said.ids is not None
+        )
+        assert said.is_token.int().tolist()[0] == [0, 0, 1, 1, 1, 1]
     one = tokenizer("Hi!")
     for prompt in [one, one["input_ids"], torch.tensor(one["input_ids"]), [one["input_ids"]], tuple(one["input_ids"])]:
         assert PromptLayout.of(prompt).lengths.tolist() == [4]
@@ -569,10 +571,10 @@ def test_more_prompts() -> None:
     from steering_vectors.demo import tiny_tokenizer
 
     uneven = PromptLayout.of({"input_ids": [[1, 2, 3], [4]], "attention_mask": [[1, 1, 1], [1]]})
-    assert uneven.columns == 3 and uneven.lengths.tolist() == [3, 1] and uneven.real is None
+    assert uneven.columns == 3 and uneven.lengths.tolist() == [3, 1] and uneven.is_token is None
     assert PromptLayout.of([np.array([1, 2]), np.array([3, 4])]).ids.tolist() == [[1, 2], [3, 4]]  # type: ignore[union-attr]
     assert PromptLayout.of(np.array([[1, 2], [3, 4]])).lengths.tolist() == [2, 2]
-    assert PromptLayout.of({"input_ids": [[1, 2]], "attention_mask": None}).real is None
+    assert PromptLayout.of({"input_ids": [[1, 2]], "attention_mask": None}).is_token is None
     thing = SimpleNamespace(input_ids=torch.tensor([[0, 1]]), attention_mask=torch.tensor([[False, True]]))
     assert PromptLayout.of(thing).lengths.tolist() == [1]
     embedded = PromptLayout.of({"inputs_embeds": torch.zeros(2, 4, 8), "attention_mask": [[0, 1, 1, 1], [1, 1, 1, 1]]})

@@ -33,7 +33,7 @@ from torch import Tensor
 from .arguments import Steerable, Subject, _listed_texts, check_ids, in_model
 from .results import NotMeasured, _Keyed, _Rows, token_texts
 from ..markup import html_table, text_table
-from ..modes import _measuring
+from ..modes import undisturbed
 from ..numbers import as_count, as_multipliers, as_number, near
 from ..train.chats import Template
 from ..train.prompts import Prompt, Text, continuation_ids, prompt_ids
@@ -90,7 +90,7 @@ def next_token_shift(
     here = in_model(model, steering)
     check_ids(model, asked)
     ids = asked.to(model.device)
-    with _measuring(model):
+    with undisturbed(model):
         before = model(input_ids=ids).logits[0, -1].float().softmax(-1)
         with here.apply(model, number, ids):
             after = model(input_ids=ids).logits[0, -1].float().softmax(-1)
@@ -183,7 +183,7 @@ def _curve(
     check_ids(model, (ids for pair in pairs for ids in pair))
     masks, columns = [_masks(tokens, pairs) for tokens in here.selections], []
     for m in multipliers:
-        with _measuring(model):
+        with undisturbed(model):
             columns.append(_scores(model, pairs, batch_size, masks, partial(_steered_at, here, model, m)))
     return torch.stack(columns, 1)
 
@@ -263,7 +263,7 @@ def answer_gap(
     rows = []
     for (ids, first), (_, second) in scored:
         batch = torch.tensor([ids], device=model.device).expand(len(numbers), -1)
-        with here.apply(model, numbers, batch), _measuring(model):
+        with here.apply(model, numbers, batch), undisturbed(model):
             logits = model(input_ids=batch).logits[:, -1].float().cpu()
         rows.append(logits[:, first] - logits[:, second])
     return Effect("logit gap", "logits", numbers, torch.stack(rows))

@@ -22,7 +22,7 @@ from .results import NotMeasured, TokenValues, _Keyed, token_texts
 from ..markup import html_table, text_table
 from ..model.families import ModelLayerConfig
 from ..model.recording import record_activations
-from ..modes import _measuring
+from ..modes import undisturbed
 from ..numbers import CPU, as_count, whole_number
 from ..steer.places import chosen_tokens, one_row
 from ..steer.steering import Steering
@@ -150,7 +150,7 @@ def _read(
     ids = pad_sequence([torch.tensor(row, device=CPU) for row in rows], batch_first=True)
     real = torch.arange(ids.shape[1], device=CPU) < torch.tensor([[len(row)] for row in rows], device=CPU)
     layers, where = list(vector.layer_activations), model.device
-    with _measuring(model), record_activations(model, vector.layer_type, layer_config, layer_nums=layers) as seen:
+    with undisturbed(model), record_activations(model, vector.layer_type, layer_config, layer_nums=layers) as seen:
         model(input_ids=ids.to(where), attention_mask=real.long().to(where))
     found = []
     for layer, direction in vector.layer_activations.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 from .arguments import Layer, Steerable, as_layer, as_layers, check_ids, front, in_model
 from .results import NotMeasured, TokenValues, token_texts
 from ..markup import html_table, text_table
-from ..modes import _measuring
+from ..modes import undisturbed
 from ..numbers import as_count, as_multipliers, as_temperature, near, whole_number
 from ..steer.places import chosen_tokens, one_row
 from ..train.chats import Template
@@ -131,7 +131,7 @@ def sweep(
     rows: dict[tuple[Layer, float], tuple[int, ...]] = {}
     wanted = "all" if layers is None and len(here.parts) > 1 else layers
     for layer in as_layers(wanted, here.layers, here.total):
-        with here.at(layer).apply(model, numbers, ids), _measuring(model, start if heat else None):
+        with here.at(layer).apply(model, numbers, ids), undisturbed(model, start if heat else None):
             new = _answers(model, tokenizer, ids, length, heat, progress)
         rows |= {(layer, m): tuple(row) for m, row in zip(numbers, new, strict=True)}
     texts = {key: str(tokenizer.decode(list(row), skip_special_tokens=True)) for key, row in rows.items()}

@@ -1,4 +1,12 @@
-"""Which modules the user's words mean.
+"""Which modules of a model does a layer type with a layer number mean?
+
+A steering vector is made for "`decoder_block` 18". A model has modules with names such as
+`model.layers.18`, `transformer.h.18` or `gpt_neox.layers.18`. Here the first becomes the second:
+`resolve_layers` gives the names of all modules of one layer type, `resolve_layer_numbers` checks
+numbers that a user gave, and `layer_config` overrides what is found.
+
+Training, applying, recording and plotting all ask these two functions, so a vector trained on `mlp`
+is applied to exactly the modules it was read from.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/model/layers.html
 """
@@ -11,41 +19,23 @@ __all__ = ['name_function', 'match', 'ResolvedLayers', 'resolve_layers', 'resolv
 
 # %% ../../nbs/reference/model/layers.ipynb #463c9f07
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
-from .blocks import _decoder, _known, _names, _owner, _sub_layer, block_list, repeating_lists
+from .blocks import _decoder, _known, _owner, _part_names, _sub_layer, block_list, repeating_lists
 from .blocks import unwrap
 from .families import LayerMatcher, LayerType, ModelLayerConfig, check_layer_type
+from ..numbers import whole_number
 
-# %% ../../nbs/reference/model/layers.ipynb #5b861b15
-def name_function(
-    matcher: LayerMatcher,  # a template, a function, or a bound `str.format`
-    model: nn.Module,  # handed to functions of two arguments
-) -> Callable[[int], str]:  # layer number -> module name
-    "The one form that every kind of `matcher` comes to."
-    if isinstance(matcher, str) and "{num" not in matcher:
-        raise ValueError(
-            f"The layer_config template {matcher!r} has no {{num}}. Write it like 'model.layers.{{num}}.mlp'."
-        )
-    template = matcher if isinstance(matcher, str) else getattr(matcher, "__self__", None)
-    if isinstance(template, str):
-        try:
-            template.format(0, num=0)
-        except (KeyError, IndexError, ValueError):
-            raise ValueError(f"The layer_config template {template!r} has more to fill in than {{num}}.") from None
-        return lambda n: template.format(n, num=n)
-    if not callable(matcher):
-        raise TypeError(f"A layer_config entry is a template with {{num}} or a function, not {type(matcher).__name__}.")
-    function: Callable[..., str] = matcher
-    required = _required(function)
-    if required > 2:
-        raise TypeError(
-            f"A layer_config function takes the number, or the model and the number; this one asks for {required}."
-        )
-    return function if required == 1 else lambda n: function(model, n)
+# %% ../../nbs/reference/model/layers.ipynb #dbd18000
+def _from_template(template: str) -> Callable[[int], str]:
+    try:
+        template.format(0, num=0)
+    except (KeyError, IndexError, ValueError):
+        raise ValueError(f"The layer_config template {template!r} has more to fill in than {{num}}.") from None
+    return lambda n: template.format(n, num=n)
 
 # %% ../../nbs/reference/model/layers.ipynb #c4a2ce83
 def _required(function: Callable[..., str]) -> int:
@@ -53,23 +43,53 @@ def _required(function: Callable[..., str]) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # methods of built-in types, like a dictionary's __getitem__, do not say; they take the number
-        return 1
+    except ValueError:
+        return 1  # methods of built-in types, like a dictionary's __getitem__, have no signature; they take the number
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+
+# %% ../../nbs/reference/model/layers.ipynb #59a51802
+def _from_function(function: Callable[..., str], model: nn.Module) -> Callable[[int], str]:
+    required = _required(function)
+    if required > 2:
+        raise TypeError(
+            f"A layer_config function takes the number, or the model and the number; this one asks for {required}."
+        )
+    return function if required == 1 else lambda n: function(model, n)
+
+# %% ../../nbs/reference/model/layers.ipynb #5b861b15
+def name_function(
+    matcher: LayerMatcher,  # a template, a function, or a bound `str.format`
+    model: nn.Module,  # given to functions of two arguments
+) -> Callable[[int], str]:  # layer number -> module name
+    "The one form that every kind of `matcher` comes to. Raises ValueError or TypeError for what is no matcher."
+    if isinstance(matcher, str) and "{num" not in matcher:
+        raise ValueError(
+            f"The layer_config template {matcher!r} has no {{num}}. Write it like 'model.layers.{{num}}.mlp'."
+        )
+    template = matcher if isinstance(matcher, str) else getattr(matcher, "__self__", None)
+    if isinstance(template, str):
+        return _from_template(template)
+    if not callable(matcher):
+        raise TypeError(f"A layer_config entry is a template with {{num}} or a function, not {type(matcher).__name__}.")
+    return _from_function(matcher, model)
+
+# %% ../../nbs/reference/model/layers.ipynb #3acaf8d0
+def _highest_number(names: Iterable[str]) -> int:
+    "The highest number that occurs in names of modules; -1 where none does."
+    return max((int(part) for name in names for part in name.split(".") if part.isdecimal()), default=-1)
 
 # %% ../../nbs/reference/model/layers.ipynb #a5e3392f
 def match(
     model: nn.Module,  # a model, without wrappers
     matcher: LayerMatcher,  # a template or a function
-    whole: nn.Module,  # the model as you have it, handed to functions of two arguments
+    whole: nn.Module,  # the model with its wrappers, given to functions of two arguments
     prefix: str = "",  # what names in `whole` begin with; they may be written with it or without
 ) -> dict[int, str]:  # layer number -> module name in `model`
-    "Every number for which `matcher` names a module."
+    "Every number for which `matcher` names a module. Raises TypeError where a function returns no name."
     name_of = name_function(matcher, whole)
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    highest = max((int(part) for name in modules for part in name.split(".") if part.isdecimal()), default=-1)
     found = {}
-    for n in range(highest + 1):
+    for n in range(_highest_number(modules) + 1):
         try:
             name = name_of(n)
         except (IndexError, KeyError):
@@ -96,14 +116,9 @@ class ResolvedLayers(dict[int, str]):
         super().__init__(names)
         self.num_blocks, self.shared = num_blocks, dict(shared or {})
 
-# %% ../../nbs/reference/model/layers.ipynb #ced15998
-def resolve_layers(
-    model: nn.Module,  # any model, wrapped or not
-    layer_type: LayerType,  # which part of a block
-    layer_config: ModelLayerConfig | None = None,  # your own names, by layer type
-) -> ResolvedLayers:  # layer number -> module name in `model`
-    "The modules of `model` that `layer_type` means."
-    check_layer_type(layer_type)
+# %% ../../nbs/reference/model/layers.ipynb #ac0e29cf
+def _check_layer_config(layer_config: Any) -> None:
+    "Refuse what maps no layer types."
     if layer_config is not None and not isinstance(layer_config, Mapping):
         raise TypeError(
             f"layer_config maps layer types to templates, like {{'decoder_block': 'model.layers.{{num}}'}}; it is a "
@@ -111,6 +126,16 @@ def resolve_layers(
         )
     for key in layer_config or {}:
         check_layer_type(key)
+
+# %% ../../nbs/reference/model/layers.ipynb #ced15998
+def resolve_layers(
+    model: nn.Module,  # any model, wrapped or not
+    layer_type: LayerType,  # which part of a block
+    layer_config: ModelLayerConfig | None = None,  # the user's own names, by layer type
+) -> ResolvedLayers:  # layer number -> module name in `model`
+    "The modules of `model` that `layer_type` means. Raises ValueError where there are none, or it cannot be decided."
+    check_layer_type(layer_type)
+    _check_layer_config(layer_config)
     plain, prefix = unwrap(model)
     templates = _known(plain) | dict(layer_config or {})
     blocks = _blocks(plain, templates, model, prefix)
@@ -119,8 +144,8 @@ def resolve_layers(
         if not every:
             raise ValueError(_names_nothing(plain, layer_type, name_function(templates[layer_type], model)))
     else:
-        every = blocks if layer_type == "decoder_block" else _parts_of_block(plain, blocks, layer_type)
-    names = _own(plain, every)
+        every = blocks if layer_type == "decoder_block" else _parts_of_blocks(plain, blocks, layer_type)
+    names = _not_shared(plain, every)
     if not names:
         raise ValueError(_no_such_part(plain, layer_type, blocks or every))
     shared = {n: prefix + name for n, name in every.items() if n not in names}
@@ -142,25 +167,26 @@ def _blocks(
     return {n: f"{name}.{n}" for n in range(len(blocks))}
 
 # %% ../../nbs/reference/model/layers.ipynb #2d3d6e12
-def _parts_of_block(model: nn.Module, blocks: Mapping[int, str], layer_type: LayerType) -> dict[int, str]:
+def _parts_of_blocks(model: nn.Module, blocks: Mapping[int, str], layer_type: LayerType) -> dict[int, str]:
     "Number -> name of the part that `layer_type` means, for the blocks that have one."
     parts: dict[int, str] = {}
     for n, name in blocks.items():
-        parent, block = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0]), model.get_submodule(name)
-        part = _sub_layer(block, layer_type, _names(parent, layer_type))
+        list_name = name.rpartition(".")[0]
+        parent = model.get_submodule(list_name.rpartition(".")[0])
+        part = _sub_layer(model.get_submodule(name), layer_type, _part_names(parent, layer_type))
         if part:
             parts[n] = f"{name}.{part}"
     return parts
 
 # %% ../../nbs/reference/model/layers.ipynb #1fb2fd1c
-def _own(model: nn.Module, names: Mapping[int, str]) -> dict[int, str]:
+def _not_shared(model: nn.Module, names: Mapping[int, str]) -> dict[int, str]:
     "Those of `names` whose module belongs to one number only."
     modules = {n: id(model.get_submodule(name)) for n, name in names.items()}
     return {n: names[n] for n, module in modules.items() if list(modules.values()).count(module) == 1}
 
 # %% ../../nbs/reference/model/layers.ipynb #1ab37719
 def _no_such_part(model: nn.Module, layer_type: LayerType, blocks: Mapping[int, str]) -> str:
-    "What to say where no block has such a part."
+    "The message where no block has such a part."
     first = next(iter(blocks.values()), "layers.0")
     if len({id(model.get_submodule(name)) for name in blocks.values()}) < len(blocks):
         return f"The {len(blocks)} blocks of {type(model).__name__} share modules, so a layer number means none of its own there."
@@ -173,7 +199,7 @@ def _no_such_part(model: nn.Module, layer_type: LayerType, blocks: Mapping[int, 
 
 # %% ../../nbs/reference/model/layers.ipynb #690a4658
 def _names_nothing(model: nn.Module, layer_type: LayerType, name_of: Callable[[int], str]) -> str:
-    "What to say where a template fits no module."
+    "The message where a template fits no module."
     lists = ", ".join(f"{name}.{{num}} ({len(found)})" for name, found in repeating_lists(model).items()) or "nothing"
     return (
         f"layer_config names no `{layer_type}` layer of {type(model).__name__}: for layer 0 it asks for {name_of(0)!r}, which is no module. "
@@ -182,7 +208,7 @@ def _names_nothing(model: nn.Module, layer_type: LayerType, name_of: Callable[[i
 
 # %% ../../nbs/reference/model/layers.ipynb #3f3b916d
 def _no_such_layer(number: int, in_range: bool, found: Mapping[int, str], total: int, layer_type: str) -> str:
-    "What to say about a layer that is not there."
+    "The message about a layer that is not there."
     shared: Mapping[int, str] = getattr(found, "shared", {})
     if number % total in shared and in_range:
         return (
@@ -197,15 +223,17 @@ def _no_such_layer(number: int, in_range: bool, found: Mapping[int, str], total:
     )
 
 # %% ../../nbs/reference/model/layers.ipynb #917bd5b8
-def _spans(numbers: Iterable[int]) -> str:
+def _spans(
+    numbers: Iterable[int],  # in any order
+) -> str:
     "Numbers as ranges: 0–2, 5."
-    spans: list[list[int]] = []
+    ranges: list[list[int]] = []
     for n in sorted(numbers):
-        if spans and spans[-1][-1] == n - 1:
-            spans[-1].append(n)
+        if ranges and ranges[-1][-1] == n - 1:
+            ranges[-1].append(n)
         else:
-            spans.append([n])
-    return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+            ranges.append([n])
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges)
 
 # %% ../../nbs/reference/model/layers.ipynb #23ff6963
 def resolve_layer_numbers(
@@ -213,26 +241,23 @@ def resolve_layer_numbers(
     found: Mapping[int, str],  # what `resolve_layers` gave
     layer_type: str,  # for the words of a message
 ) -> list[int]:  # the same layers, counted from 0
-    "Check that each of `wanted` exists, and count all of them from the front."
+    "The layers that `wanted` means. Raises ValueError where one does not exist or is named twice, TypeError for no numbers."
     total = getattr(found, "num_blocks", max(found, default=-1) + 1)
-    said: dict[int, int] = {}
+    spelled: dict[int, int] = {}  # each layer, and the number that named it
     for number in _integers(wanted):
         n = number + total if number < 0 else number
         if n not in found:
             raise ValueError(_no_such_layer(number, 0 <= n < total, found, total, layer_type))
-        if n in said:
-            raise ValueError(f"{said[n]} and {number} are the same layer, {n} of {total}. Name each layer once.")
-        said[n] = number
-    return list(said)
+        if n in spelled:
+            raise ValueError(f"{spelled[n]} and {number} are the same layer, {n} of {total}. Name each layer once.")
+        spelled[n] = number
+    return list(spelled)
 
 # %% ../../nbs/reference/model/layers.ipynb #01ff648d
-def _integers(wanted: Iterable[int]) -> list[int]:
-    "The numbers as plain integers, whatever they came in."
+def _integers(wanted: Any) -> list[int]:
+    "The numbers as plain integers, of whatever type."
     try:
-        numbers = list(wanted)
-        if any(isinstance(n, bool) for n in numbers):
-            raise TypeError
-        return [operator.index(n) for n in numbers]
+        return [whole_number(n) for n in wanted]
     except TypeError:
         raise TypeError(f"Layers are a list of whole numbers, like [15, -1], and not {wanted!r}.") from None
 

@@ -1,4 +1,9 @@
-"""What a model is made of, listed.
+"""What is each layer type in this model, and what else repeats in it?
+
+Before steering an unfamiliar model, look at it. `find_layers` resolves all five layer types at once
+and lists every template that repeats; what it returns displays as a table.
+`get_num_matching_layers` and `guess_and_enhance_layer_config` are the two helpers of the 0.12
+library, with the meaning they had there.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/model/overview.html
 """
@@ -19,6 +24,11 @@ from torch import nn
 from .blocks import unwrap
 from .families import LAYER_TYPES, LayerMatcher, LayerType, ModelLayerConfig, check_layer_type
 from .layers import _spans, match, resolve_layers
+
+# %% ../../nbs/reference/model/overview.ipynb #528385a9
+def _templates(names: Mapping[int, str]) -> list[str]:
+    "The templates that together give `names`."
+    return list(dict.fromkeys(re.sub(rf"(^|\.){n}(?=\.|$)", r"\1{num}", name, count=1) for n, name in names.items()))
 
 # %% ../../nbs/reference/model/overview.ipynb #25ddd8b3
 @dataclass(frozen=True, repr=False, eq=False)
@@ -45,39 +55,57 @@ class FoundLayers(Mapping[LayerType, dict[int, str]]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        rows = [(kind, _spans(names), ", ".join(_templates(names))) for kind, names in self.layers.items()]
-        parts = {template for names in self.layers.values() for template in _templates(names)}
-        blocks = tuple(f"{template}." for template in _templates(self.layers["decoder_block"]))
-        near = [
-            t for t in self.repeats if t.startswith(blocks) and t.count(".") <= blocks[0].count(".") and t not in parts
-        ]
-        return [*rows, ("also repeats", "", ", ".join(near) or "nothing")]
-
     def __repr__(self) -> str:
-        rows = [
-            f"{kind:<24}  {numbers or ('' if kind[:4] == 'also' else 'none'):<6}  {names}"
-            for kind, numbers, names in self._rows()
-        ]
-        return "\n".join([self.model, *(row.rstrip() for row in rows)])
+        return _as_text(self)
 
     def _repr_markdown_(self) -> str:
-        rows = [
-            f"| {kind} | {numbers} | {f'`{names}`' if names else 'none'} |" for kind, numbers, names in self._rows()
-        ]
-        return "\n".join([f"| {self.model} | layers | modules |", "| --- | --- | --- |", *rows])
+        return _as_markdown(self)
 
-# %% ../../nbs/reference/model/overview.ipynb #528385a9
-def _templates(names: Mapping[int, str]) -> list[str]:
-    "The templates that together give `names`."
-    return list(dict.fromkeys(re.sub(rf"(^|\.){n}(?=\.|$)", r"\1{num}", name, count=1) for n, name in names.items()))
+# %% ../../nbs/reference/model/overview.ipynb #c50923b2
+def _overview_rows(found: FoundLayers) -> list[tuple[str, str, str]]:
+    "By layer type, which numbers and which templates."
+    return [(kind, _spans(names), ", ".join(_templates(names))) for kind, names in found.layers.items()]
+
+# %% ../../nbs/reference/model/overview.ipynb #a3847495
+def _also_repeats(found: FoundLayers) -> str:
+    "Templates of modules directly in a block that no layer type means."
+    named = {template for names in found.layers.values() for template in _templates(names)}
+    blocks = tuple(f"{template}." for template in _templates(found.layers["decoder_block"]))
+    depth = blocks[0].count(".")
+    others = [t for t in found.repeats if t.startswith(blocks) and t.count(".") <= depth and t not in named]
+    return ", ".join(others) or "nothing"
+
+# %% ../../nbs/reference/model/overview.ipynb #92945650
+def _as_text(found: FoundLayers) -> str:
+    "The table for a terminal."
+    rows = [(kind, numbers or "none", names) for kind, numbers, names in _overview_rows(found)]
+    rows.append(("also repeats", "", _also_repeats(found)))
+    lines = [f"{kind:<24}  {numbers:<6}  {names}".rstrip() for kind, numbers, names in rows]
+    return "\n".join([found.model, *lines])
+
+# %% ../../nbs/reference/model/overview.ipynb #5a74edfa
+def _as_markdown(found: FoundLayers) -> str:
+    "The table for a notebook."
+    rows = [*_overview_rows(found), ("also repeats", "", _also_repeats(found))]
+    lines = [f"| {kind} | {numbers} | {f'`{names}`' if names else 'none'} |" for kind, numbers, names in rows]
+    return "\n".join([f"| {found.model} | layers | modules |", "| --- | --- | --- |", *lines])
+
+# %% ../../nbs/reference/model/overview.ipynb #ef8ee048
+def _repeating_names(model: nn.Module) -> dict[str, int]:
+    "Template -> how many modules it names, for all names with a number in them."
+    repeats: dict[str, int] = {}
+    for name, _ in model.named_modules():
+        template, numbers = re.subn(r"(^|\.)\d+(?=\.|$)", r"\1{num}", name, count=1)
+        if numbers:
+            repeats[template] = repeats.get(template, 0) + 1
+    return repeats
 
 # %% ../../nbs/reference/model/overview.ipynb #8935c59a
 def find_layers(
     model: nn.Module,  # any model, wrapped or not
-    layer_config: ModelLayerConfig | None = None,  # your own names, by layer type
+    layer_config: ModelLayerConfig | None = None,  # the user's own names, by layer type
 ) -> FoundLayers:  # displays as a table
-    "What each layer type means in `model`, and what repeats in it."
+    "What each layer type means in `model`, and what repeats in it. Raises ValueError where the blocks cannot be found."
     layers: dict[LayerType, dict[int, str]] = {"decoder_block": resolve_layers(model, "decoder_block", layer_config)}
     for layer_type in LAYER_TYPES[1:]:
         try:
@@ -86,12 +114,7 @@ def find_layers(
             if layer_type in (layer_config or {}):
                 raise
             layers[layer_type] = {}
-    repeats: dict[str, int] = {}
-    for name, _ in model.named_modules():
-        template, numbers = re.subn(r"(^|\.)\d+(?=\.|$)", r"\1{num}", name, count=1)
-        if numbers:
-            repeats[template] = repeats.get(template, 0) + 1
-    return FoundLayers(type(unwrap(model)[0]).__name__, layers, repeats)
+    return FoundLayers(type(unwrap(model)[0]).__name__, layers, _repeating_names(model))
 
 # %% ../../nbs/reference/model/overview.ipynb #de5b7be3
 def get_num_matching_layers(
@@ -105,10 +128,10 @@ def get_num_matching_layers(
 # %% ../../nbs/reference/model/overview.ipynb #24e348e6
 def guess_and_enhance_layer_config(
     model: nn.Module,  # any model
-    layer_config: ModelLayerConfig | None = None,  # what it says stays as it is
+    layer_config: ModelLayerConfig | None = None,  # its entries stay as they are
     layer_type: LayerType | None = None,  # fill in only this one
 ) -> dict[LayerType, LayerMatcher]:  # a matcher for everything that was found
-    "Fill in what `layer_config` does not say."
+    "Fill in what `layer_config` leaves open."
     config: dict[LayerType, LayerMatcher] = dict(layer_config or {})
     for kind, names in find_layers(model, layer_config).layers.items():
         if names and kind not in config and layer_type in (None, kind):

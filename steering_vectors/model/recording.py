@@ -1,4 +1,4 @@
-"""Keep what the layers returned.
+"""What did the layers return?
 
 Before steering a model one often wants to look into it. `record_activations` is a context manager:
 while it is open, every pass through the model appends what each chosen layer returned. It sees what
@@ -19,7 +19,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .attachments import Attachment
+from .attachments import AttachmentGroup
 from .blocks import unwrap
 from .families import LayerType, ModelLayerConfig
 from .hooks import HookHandle
@@ -27,7 +27,7 @@ from .layers import modules_around, resolve_layer_numbers, resolve_layers
 from .runs import RunWatch
 
 # %% ../../nbs/reference/model/recording.ipynb #70dfcaca
-class Recording(Attachment):
+class Recording(AttachmentGroup):
     "Readers on some layers of a model, and what they have seen: use it in a `with` statement, which gives the dictionary."
 
     def __init__(
@@ -36,27 +36,16 @@ class Recording(Attachment):
         modules: dict[int, str],  # layer number to module name
         clone: bool = True,  # True: detached copies; False: the tensors of the pass themselves
     ):
-        self.recorded: dict[int, list[Tensor]] = {n: [] for n in modules}  # layer number to one tensor a pass
+        self.recorded: dict[int, list[Tensor]] = {n: [] for n in modules}  # layer number to one tensor per pass
         self.clone = clone
         readers = {
             name: HookHandle(model.get_submodule(name), partial(self._keep, n), "reads") for n, name in modules.items()
         }
-        self.watch = RunWatch(unwrap(model)[0], readers, modules_around(model, readers), "recorded")
-        self.parts: list[Attachment] = [self.watch, *readers.values()]
+        watch = RunWatch(unwrap(model)[0], readers, modules_around(model, readers), "recorded")
+        self.parts = [watch, *readers.values()]
 
     def _keep(self, n: int, h: Tensor) -> None:
         self.recorded[n].append(h.detach().clone() if self.clone else h)
-
-    def _attach(self) -> None:
-        for part in self.parts:
-            part.attach()
-
-    def _remove(self) -> None:
-        for part in self.parts:
-            part.remove()
-
-    def _check(self) -> None:
-        self.watch._check()
 
     def __enter__(self) -> dict[int, list[Tensor]]:  # type: ignore[override]  # what 0.12 gives there
         return super().__enter__().recorded
@@ -68,8 +57,8 @@ def record_activations(
     layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
     clone_activations: bool = True,  # True: detached copies; False: the tensors of the pass themselves
     layer_nums: Sequence[int] | None = None,  # which layers, negative ones from the end; None for all
-) -> Recording:  # in a `with` statement: layer number to one tensor a pass, (b, s, d)
-    "Record the output of layers for as long as the block runs."
+) -> Recording:  # in a `with` statement: layer number to one tensor per pass, (b, s, d)
+    "Record the output of layers for as long as the block runs. Raises ValueError where a layer does not exist or never ran."
     found = resolve_layers(model, layer_type, layer_config)
     numbers = resolve_layer_numbers(found if layer_nums is None else layer_nums, found, layer_type)
     return Recording(model, {n: found[n] for n in numbers}, clone_activations)

@@ -1,4 +1,12 @@
-"""Whether the steered modules ran.
+"""Did the modules that should be edited or read run at all?
+
+PyTorch runs hooks where a module is *called*, `layer(x)`. A program that writes `layer.forward(x)`
+instead, or computes the layer in a fused kernel, goes past them, and nothing fails: an edit changes
+nothing, a reader sees nothing. That would be the worst kind of wrong result, one that looks right.
+So whatever edits or reads modules of a model also watches, by a `RunWatch`, that they run.
+
+A pass that went past a watched module gives a warning, once. A `with` block in which the model ran
+and a watched module never did ends in an error.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/model/runs.html
 """
@@ -12,33 +20,75 @@ __all__ = ['RunWatch']
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from operator import is_
 from typing import Any
 
 from torch import nn
 
-from .attachments import Attachment, Uncopied
-from .hooks import HookHandle, take_off
+from .hooks import HookHandle, ModuleHooks
 
 # %% ../../nbs/reference/model/runs.ipynb #78d86518
-class _Last(threading.local):
+class _LastCall(threading.local):
     "For one thread, the marks of the watched modules when its last call ended."
 
     marks: Sequence[object] = ()
-    begun = False  # whether a call is under way that began while we looked
+    begun = False  # whether a call is under way that began while the hooks were on
 
 # %% ../../nbs/reference/model/runs.ipynb #78c94b53
 def _depth(model: nn.Module) -> int | None:
-    "How many layers a model is told to run."
+    "How many layers the config of a model asks for."
     return getattr(getattr(model, "config", None), "num_hidden_layers", None)
 
 # %% ../../nbs/reference/model/runs.ipynb #1706f426
-def _in_a_row(names: list[str]) -> str:
+def _some_names(names: list[str]) -> str:
     "Names of modules, the first few of them."
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
+# %% ../../nbs/reference/model/runs.ipynb #7142e8b4
+def _consequence(done: str) -> str:
+    return (
+        f"nothing was {done} there. Hooks run only where a module is called, as in `layer(x)`; a fused kernel or a direct "
+        "`layer.forward(x)` goes past them. Load the model without that optimisation, or choose another layer or layer_type."
+    )
+
+# %% ../../nbs/reference/model/runs.ipynb #ab7a7183
+def _warn(module: nn.Module, missed: list[str], done: str) -> None:
+    "Warn of a pass that went past modules."
+    message = f"A pass of {type(module).__name__} went past {_some_names(missed)}: {_consequence(done)}"
+    warnings.warn_explicit(message, RuntimeWarning, __name__, 0)  # `warn` would show what comes from one line once
+
+# %% ../../nbs/reference/model/runs.ipynb #f71080db
+def _never_ran(model: nn.Module, times: int, never: list[str], done: str) -> str:
+    "The message for modules that never ran in a block in which the model did."
+    ran = f"{type(model).__name__} ran {times} time{'s' if times > 1 else ''} while this block was open"
+    return f"{ran}, but {_some_names(never)} never did: {_consequence(done)}"
+
+# %% ../../nbs/reference/model/runs.ipynb #78f42184
+class _CallCount:
+    "Counts the calls of one module, and looks after each which of the watched modules in it did not run."
+
+    def __init__(self, watch: "RunWatch", names: Sequence[str]) -> None:
+        self.passes, self.watch, self.names, self.last = 0, watch, names, _LastCall()
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        "A call begins."
+        self.last.begun = True
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        "A call has come to its end."
+        marks = [self.watch.handles[name].mark for name in self.names]
+        before = self.last.marks or [None] * len(marks)
+        counts = self.last.begun and not module.training and _depth(self.watch.model) == self.watch.depth_at_start
+        self.last.marks, self.last.begun = marks, False
+        if not counts:
+            return
+        self.passes += 1
+        missed = [name for name, now, then in zip(self.names, marks, before, strict=True) if now is then]
+        if missed and not self.watch.warned:
+            self.watch.warned = True
+            _warn(module, missed, self.watch.done)
+
 # %% ../../nbs/reference/model/runs.ipynb #52e9e34b
-class RunWatch(Attachment):
+class RunWatch(ModuleHooks):
     "Notices where a model runs and a module that should be edited or read does not."
 
     def __init__(
@@ -48,65 +98,23 @@ class RunWatch(Attachment):
         around: Mapping[str, nn.Module],  # for each name the module around it whose calls count
         done: str = "steered",  # what would have happened there, for messages
     ):
-        self.model, self.handles, self.done = model, dict(handles), done
+        super().__init__()
+        self.model, self.handles, self.done, self.warned = model, dict(handles), done, False
         self.within: dict[nn.Module, list[str]] = {model: []}
         for name, module in around.items():
             self.within.setdefault(module, []).append(name)
-        self.counts: dict[nn.Module, _Count] = {}
+        self.counts: dict[nn.Module, _CallCount] = {}
 
     def _attach(self) -> None:
-        self.told, self.layers = False, _depth(self.model)
-        self.counts = {module: _Count(self, names) for module, names in self.within.items()}
+        self.warned, self.depth_at_start = False, _depth(self.model)
+        self.counts = {module: _CallCount(self, names) for module, names in self.within.items()}
         for module, count in self.counts.items():
-            module.register_forward_pre_hook(count.begins)
-            module.register_forward_hook(count.passed)
-
-    def _remove(self) -> None:
-        for module, count in self.counts.items():
-            take_off(module, count.begins)
-            take_off(module, count.passed)
-
-    def _went_past(self, module: nn.Module, names: list[str]) -> None:
-        self.told = True
-        message = f"A pass of {type(module).__name__} went past {_in_a_row(names)}: {self._consequence()}"
-        warnings.warn_explicit(message, RuntimeWarning, __name__, 0)  # (`warn` shows what comes from one line once)
+            self._put(module, module.register_forward_pre_hook, count.begin)
+            self._put(module, module.register_forward_hook, count.end)
 
     def _check(self) -> None:
         for module, names in self.within.items():
-            never = [name for name in names if self.handles[name].ran is None]
+            never = [name for name in names if self.handles[name].mark is None]
             times = max(self.counts[module].passes, self.counts[self.model].passes) if self.counts else 0
             if never and times:
-                ran = (
-                    f"{type(self.model).__name__} ran {times} time{'s' if times > 1 else ''} while this block was open"
-                )
-                raise ValueError(f"{ran}, but {_in_a_row(never)} never did: {self._consequence()}")
-
-    def _consequence(self) -> str:
-        return (
-            f"nothing was {self.done} there. Hooks run only where a module is called, as in `layer(x)`; a fused kernel or a direct "
-            "`layer.forward(x)` goes past them. Load the model without that optimisation, or choose another layer or layer_type."
-        )
-
-# %% ../../nbs/reference/model/runs.ipynb #78f42184
-class _Count(Uncopied):
-    "Counts the calls of one module, and looks after each which of the watched modules in it did not run."
-
-    def __init__(self, watch: RunWatch | None = None, names: Sequence[str] = ()) -> None:
-        self.passes, self.watch, self.names = 0, watch, names
-        self.handles = [] if watch is None else [watch.handles[name] for name in names]
-        self.last = _Last()
-
-    def begins(self, module: nn.Module, args: Any) -> None:
-        "A call begins."
-        self.last.begun = True
-
-    def passed(self, module: nn.Module, args: Any, output: Any) -> None:
-        "A call has come to its end."
-        marks, before, begun = [handle.ran for handle in self.handles], self.last.marks, self.last.begun
-        self.last.marks, self.last.begun = marks, False
-        if module.training or self.watch is None or not begun or _depth(self.watch.model) != self.watch.layers:
-            return
-        self.passes += 1
-        if any(map(is_, marks, before or [None] * len(marks))) and not self.watch.told:
-            now_and_then = zip(self.names, marks, before or [None] * len(marks), strict=True)
-            self.watch._went_past(module, [name for name, now, then in now_and_then if now is then])
+                raise ValueError(_never_ran(self.model, times, never, self.done))

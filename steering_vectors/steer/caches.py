@@ -1,13 +1,13 @@
-"""Recognise a cache by what it is.
+"""What was a call given, and which part of it is a cache?
 
-Before anyone can know where a pass stands, someone has to read what the call was given. Three
-things are wanted: the arguments by name, the cache among them, and how many tokens stand in front
-of the user's own because an adapter put them there.
+Before anyone can know where a forward pass stands in a sequence, its call has to be read. Three
+things are wanted: the arguments by name, the cache among them, and how many tokens an adapter put
+in front of the user's own.
 
 The names of these arguments are not to be relied on. transformers renamed `past_key_values` to
 `cache` in 5.24, state-space models have their own names, and a model may take everything by
 position. **A cache is therefore recognised by what it is, and a name is only a hint where the thing
-itself is a plain list.**
+itself is a plain list.** The names are listed in families.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/caches.html
 """
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..model.families import CACHE_ATTRIBUTES, CACHE_METHODS, STATE_ATTRIBUTES, USUAL
+from ..model.families import CACHE_ATTRIBUTES, CACHE_METHODS, CACHE_NAMES, KNOWN_ARGUMENTS, family_of
 
 # %% ../../nbs/reference/steer/caches.ipynb #52ae76da
 def named_arguments(
@@ -59,7 +59,7 @@ def is_cache(
     "Whether a later pass can continue from `value`."
     if value is None or isinstance(value, (bool, int, float, str, nn.Module)):
         return False
-    if name in STATE_ATTRIBUTES or any(hasattr(value, part) for part in (*CACHE_METHODS, *CACHE_ATTRIBUTES)):
+    if name in CACHE_NAMES or any(hasattr(value, part) for part in (*CACHE_METHODS, *CACHE_ATTRIBUTES)):
         return True
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_pair, value))
 
@@ -80,7 +80,7 @@ def find_cache(
     found = {
         name: value for name, value in entries.items() if not name.startswith("encoder_") and is_cache(value, name)
     }
-    hinted = next(((name, found[name]) for name in STATE_ATTRIBUTES if name in found), None)
+    hinted = next(((name, found[name]) for name in CACHE_NAMES if name in found), None)
     one = len({id(value) for value in found.values()}) == 1
     return hinted or (next(iter(found.items())) if one else None)
 
@@ -91,7 +91,7 @@ def cache_parameter(
 ) -> str:  # what its `forward` calls it
     "The parameter under which `module` takes a cache back."
     names = inspect.signature(module.forward).parameters
-    return name if name in names else next((hint for hint in STATE_ATTRIBUTES if hint in names), name)
+    return name if name in names else next((hint for hint in CACHE_NAMES if hint in names), name)
 
 # %% ../../nbs/reference/steer/caches.ipynb #dfcfefe4
 def returned(
@@ -104,6 +104,13 @@ def returned(
         return {f"item {n}": value for n, value in enumerate(output)}
     return dict(getattr(output, "__dict__", {})) if not isinstance(output, Tensor) else {}
 
+# %% ../../nbs/reference/steer/caches.ipynb #7f7a2934
+def _is_empty_state(cache: Any) -> bool:
+    "Whether a state's own `has_previous_state`, an attribute or a method, is false."
+    begun = getattr(cache, "has_previous_state", None)
+    begun = begun() if callable(begun) else begun
+    return begun is not None and not begun
+
 # %% ../../nbs/reference/steer/caches.ipynb #0175145c
 def cache_length(
     cache: Any,  # what the model was given to continue, or None
@@ -114,12 +121,19 @@ def cache_length(
     try:
         length = cache.get_seq_length()
     except (AttributeError, ValueError, NotImplementedError):  # made only of states
-        begun = getattr(cache, "has_previous_state", None)
-        begun = begun() if callable(begun) else begun
-        length = 0 if begun is not None and not begun else None
+        length = 0 if _is_empty_state(cache) else None
     if isinstance(length, Tensor):
         return int(length) if length.device.type == "cpu" else length.detach().clone()
     return None if length is None else int(length)
+
+# %% ../../nbs/reference/steer/caches.ipynb #aea53e86
+def _contents(value: Any) -> list[Any]:
+    "What a container or an object holds."
+    if isinstance(value, (str, bytes, type, nn.Module)):
+        return []
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple)) else list(getattr(value, "__dict__", {}).values())
 
 # %% ../../nbs/reference/steer/caches.ipynb #16191dc0
 def tensors(
@@ -127,24 +141,23 @@ def tensors(
     most: int = 10_000,  # parts to look at
 ) -> Iterator[Tensor]:
     "The tensors that `value` holds, in containers and attributes."
-    waiting, met = [value], {id(value)}
-    while waiting and len(met) < most:
+    waiting, seen = [value], {id(value)}
+    while waiting and len(seen) < most:
         part = waiting.pop(0)
         if isinstance(part, Tensor):
             yield part
-        elif not isinstance(part, (str, bytes, type, nn.Module)):
-            inside = part.values() if isinstance(part, Mapping) else part
-            inside = inside if isinstance(part, (Mapping, list, tuple)) else getattr(part, "__dict__", {}).values()
-            waiting += [p for p in inside if id(p) not in met]
-            met |= {id(p) for p in inside}
+            continue
+        inside = [inner for inner in _contents(part) if id(inner) not in seen]
+        waiting += inside
+        seen |= {id(inner) for inner in inside}
 
 # %% ../../nbs/reference/steer/caches.ipynb #5eb69d4f
 def is_blank(
     cache: Any,  # a state
 ) -> bool:
     "Whether a state holds nothing but zeros, as before its first token."
-    shown = isinstance(cache, (list, tuple, Mapping)) or hasattr(cache, "__dict__")  # else nobody sees what it holds
-    return shown and not any(t.is_meta or bool(t.any()) for t in tensors(cache))
+    can_look = isinstance(cache, (list, tuple, Mapping)) or hasattr(cache, "__dict__")
+    return can_look and not any(t.is_meta or bool(t.any()) for t in tensors(cache))
 
 # %% ../../nbs/reference/steer/caches.ipynb #56afc520
 def unknown_states(
@@ -156,20 +169,20 @@ def unknown_states(
     return [
         f"{name}, a {type(value).__name__}"
         for name, value in entries.items()
-        if not USUAL.search(name) and not isinstance(value, plain) and any(True for _ in tensors(value))
+        if not KNOWN_ARGUMENTS.search(name) and not isinstance(value, plain) and any(True for _ in tensors(value))
     ]
 
 # %% ../../nbs/reference/steer/caches.ipynb #93d1ec4f
 def not_recognised(
-    what: str,  # that shows that the pass continues something
+    what: str,  # shows that the pass continues something
 ) -> str:
-    "The words for a pass that continues something unknown."
+    "The message for a pass that continues something unknown."
     from transformers import __version__ as version
 
     return (
         f"This pass seems to continue an earlier one ({what}), but no cache was recognised, so it cannot be told which columns it "
         f"computes. transformers {version} is installed. A cache is recognised by its methods ({CACHE_METHODS[0]}, {CACHE_METHODS[1]}), and a "
-        f"plain list by its name ({', '.join(STATE_ATTRIBUTES)}). Steer every token, generate with use_cache=False, give the cache a "
+        f"plain list by its name ({', '.join(CACHE_NAMES)}). Steer every token, generate with use_cache=False, give the cache a "
         "get_seq_length method, or install a steering-vectors that knows this transformers (pip install -U steering-vectors)."
     )
 
@@ -201,5 +214,6 @@ def columns_in_front(
     "Columns that the blocks of `model` compute before those of the ids it is given."
     config: Any = getattr(model, "config", None)
     adapter = prompt_adapter(model)
-    own = config.prompt_length if getattr(config, "model_type", "") == "cpmant" else 0  # learned tokens of its own
-    return own + (adapter.tokens if adapter is not None and not adapter.in_cache else 0)
+    own = family_of(config).own_columns
+    count: int = getattr(config, own) if own else 0
+    return count + (adapter.tokens if adapter is not None and not adapter.in_cache else 0)

@@ -1,4 +1,9 @@
-"""A function inside a `with` block.
+"""When may a steering handle decorate a function?
+
+A handle can be a decorator: `@handle` steers the model while the function runs, as a `with`
+statement around the function's body would. That has a clear meaning where the body runs from
+beginning to end. Where code runs later than the call, in a generator or a thread, steering would
+have ended by then without an error; decorating such a function is refused.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/decorating.html
 """
@@ -18,43 +23,8 @@ from threading import Thread
 from types import GeneratorType
 from typing import Any, TypeVar
 
-# %% ../../nbs/reference/steer/decorating.ipynb #ce3ccec2
-F = TypeVar("F", bound=Callable[..., Any])
-
-# %% ../../nbs/reference/steer/decorating.ipynb #ab7ad734
-def _decorated(handle: Any, function: Any) -> Any:
-    "The function inside a `with` statement of `handle`."
-    if isinstance(function, staticmethod | classmethod):
-        return type(function)(_decorated(handle, function.__func__))
-    if isinstance(function, type) or not callable(function):
-        what = f"the class {function.__name__}" if isinstance(function, type) else f"a {type(function).__name__}"
-        raise TypeError(
-            f"A steering handle decorates a function or a method, not {what}. Write it directly above the `def` whose body runs "
-            "the model, below @property and the like."
-        )
-    if _is(inspect.isgeneratorfunction, function) or _is(inspect.isasyncgenfunction, function):
-        raise TypeError(_runs_later("a generator function"))
-    if _is(inspect.iscoroutinefunction, function):
-
-        async def wait(*args: Any, **kwargs: Any) -> Any:
-            with handle:
-                return await function(*args, **kwargs)
-
-        return wraps(function)(wait)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with handle:
-            returned = function(*args, **kwargs)
-            if _goes_on(returned):
-                if inspect.iscoroutine(returned) or inspect.isgenerator(returned):
-                    returned.close()
-                raise TypeError(_runs_later(f"a function that returned a {type(returned).__name__}"))
-            return returned
-
-    return wraps(function)(run)
-
 # %% ../../nbs/reference/steer/decorating.ipynb #b8467460
-def _is(kind: Callable[[Any], bool], function: Any) -> bool:
+def _is_kind(kind: Callable[[Any], bool], function: Any) -> bool:
     "Whether a function, or what is called in its place, is of a kind."
     while isinstance(function, partial):
         function = function.func
@@ -67,9 +37,11 @@ def _goes_on(returned: Any) -> bool:
         return not returned.done()
     if isinstance(returned, Thread):
         return returned.is_alive()
-    lazy = (GeneratorType, map, filter, _GeneratorContextManager, _AsyncGeneratorContextManager)
-    own = isinstance(returned, Iterator | AsyncIterator) and type(returned).__module__ not in ("builtins", "_io")
-    return own or isinstance(returned, lazy) or inspect.isawaitable(returned) or inspect.isasyncgen(returned)
+    if isinstance(returned, GeneratorType | map | filter | _GeneratorContextManager | _AsyncGeneratorContextManager):
+        return True
+    if inspect.isawaitable(returned) or inspect.isasyncgen(returned):
+        return True
+    return isinstance(returned, Iterator | AsyncIterator) and type(returned).__module__ not in ("builtins", "_io")
 
 # %% ../../nbs/reference/steer/decorating.ipynb #0ce81554
 def _runs_later(what: str) -> str:
@@ -77,3 +49,49 @@ def _runs_later(what: str) -> str:
         f"A steering handle cannot decorate {what}: its code runs after the call, when steering has ended. Write "
         "`with vector.apply(model):` inside it, around the lines that run the model."
     )
+
+# %% ../../nbs/reference/steer/decorating.ipynb #585807ef
+def _check_function(function: Any) -> None:
+    "Refuse what is no function, and a generator function."
+    if isinstance(function, type) or not callable(function):
+        what = f"the class {function.__name__}" if isinstance(function, type) else f"a {type(function).__name__}"
+        raise TypeError(
+            f"A steering handle decorates a function or a method, not {what}. Write it directly above the `def` whose body runs "
+            "the model, below @property and the like."
+        )
+    if _is_kind(inspect.isgeneratorfunction, function) or _is_kind(inspect.isasyncgenfunction, function):
+        raise TypeError(_runs_later("a generator function"))
+
+# %% ../../nbs/reference/steer/decorating.ipynb #a5b88e8e
+def _check_finished(returned: Any) -> None:
+    "Refuse a value whose code runs after the call."
+    if not _goes_on(returned):
+        return
+    if inspect.iscoroutine(returned) or inspect.isgenerator(returned):
+        returned.close()
+    raise TypeError(_runs_later(f"a function that returned a {type(returned).__name__}"))
+
+# %% ../../nbs/reference/steer/decorating.ipynb #ce3ccec2
+F = TypeVar("F", bound=Callable[..., Any])
+
+# %% ../../nbs/reference/steer/decorating.ipynb #ab7ad734
+def _decorated(handle: Any, function: Any) -> Any:
+    "The function inside a `with` statement of `handle`."
+    if isinstance(function, staticmethod | classmethod):
+        return type(function)(_decorated(handle, function.__func__))
+    _check_function(function)
+    if _is_kind(inspect.iscoroutinefunction, function):
+
+        async def steered_until_done(*args: Any, **kwargs: Any) -> Any:
+            with handle:
+                return await function(*args, **kwargs)
+
+        return wraps(function)(steered_until_done)
+
+    def steered(*args: Any, **kwargs: Any) -> Any:
+        with handle:
+            returned = function(*args, **kwargs)
+            _check_finished(returned)
+            return returned
+
+    return wraps(function)(steered)

@@ -1,13 +1,13 @@
-"""The change of one layer's output: operator, vector, multiplier and tokens.
+"""How is one layer's output changed, at the tokens and rows that are meant?
 
-The pieces are there: modules that can be edited (`hooks`), a way to find them (`layers`), a way to
-name tokens (`tokens`, `positions`), and what to do to an activation (`operators`). This page puts
-them together into one object, a `SteeringPatchHandle`.
+A `LayerEdit` is the function behind the hook of one steered module. It brings together what the
+other rooms have: the change that an operator computes (see operators), a multiplier, and the tokens
+that a `PassTracker` finds (see positions). An activation that is not meant comes out bit for bit as
+it went in.
 
-It is made in two steps, on purpose. `prepare_steering` looks at everything that could be wrong (a
-layer that does not exist, a vector of the wrong width, two ways of naming tokens) and only then
-returns a handle, which has not touched the model yet. Attaching it cannot fail halfway, and
-displaying it shows what would be steered.
+`as_multiplier` checks a multiplier, a number or one per row. Everything that can be worked out
+once, the scaled vector and the rows of each multiplier, is kept, because this code runs once per
+layer and token while a model writes.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/edits.html
 """
@@ -35,7 +35,7 @@ from .tokens import Tokens
 def as_multiplier(
     multiplier: float | Sequence[float] | Tensor,  # a number, or one for each row of the batch
 ) -> float | Tensor:  # a number, or a float64 tensor of shape (b,) on the CPU
-    "A checked multiplier."
+    "A checked multiplier. Raises ValueError or TypeError where it is no finite number, or requires a gradient."
     if isinstance(multiplier, bool):
         raise TypeError(f"multiplier must be a number, or one number a row; it is {multiplier!r}.")
     if getattr(multiplier, "requires_grad", False):
@@ -80,38 +80,42 @@ class _Scaled:
         return self.kept[key]
 
     def _product(self, h: Tensor, multiplier: float | Tensor) -> Tensor:
-        least: torch.dtype = torch.promote_types(h.dtype, torch.float32)
-        dtype = least if self.wide else h.dtype
-        self._check_fits(multiplier, dtype, h.dtype)
-        v: Tensor = self.vector.to(h.device, torch.promote_types(self.vector.dtype, least))[None, None]
+        at_least_float32: torch.dtype = torch.promote_types(h.dtype, torch.float32)
+        dtype = at_least_float32 if self.wide else h.dtype
+        if self.sizes is None:
+            self.sizes = _size(self.vector, math.inf), _size(self.vector, 2)
+        _check_fits(self, multiplier, dtype, h.dtype)
+        v: Tensor = self.vector.to(h.device, torch.promote_types(self.vector.dtype, at_least_float32))[None, None]
         m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
         return (m * v).to(dtype)
 
-    def _check_fits(self, multiplier: float | Tensor, dtype: torch.dtype, own: torch.dtype) -> None:
-        "Refuse a product that `own`, the activation's dtype, cannot hold, or whose square `dtype` cannot."
-        if self.sizes is None:
-            self.sizes = _size(self.vector, math.inf), _size(self.vector, 2)
-        largest, length = self.sizes
-        limits = [(torch.finfo(own).max / largest, own)] if self.added and largest else []
-        limits += [(torch.finfo(dtype).max ** 0.5 / length, dtype)] if self.wide and length else []
-        limit, narrow = min(limits, key=lambda pair: pair[0], default=(math.inf, dtype))
-        m = abs(multiplier) if isinstance(multiplier, float) else float(multiplier.abs().max())
-        if m > limit:
-            raise ValueError(
-                f"The vector times {m:g} does not fit {narrow}, in which {self.name} computes, and would turn into infinities. "
-                f"The largest multiplier that fits is {_rounded_down(limit)}."
-            )
+# %% ../../nbs/reference/steer/edits.ipynb #bb62977c
+def _check_fits(scaled: _Scaled, multiplier: float | Tensor, dtype: torch.dtype, own: torch.dtype) -> None:
+    "Refuse a product that `own`, the activation's dtype, cannot hold, or whose square `dtype` cannot."
+    largest, length = scaled.sizes or (0.0, 0.0)
+    limits = [(math.inf, dtype)]
+    if scaled.added and largest:
+        limits.append((torch.finfo(own).max / largest, own))
+    if scaled.wide and length:
+        limits.append((torch.finfo(dtype).max ** 0.5 / length, dtype))
+    limit, narrow = min(limits, key=lambda pair: pair[0])
+    m = abs(multiplier) if isinstance(multiplier, float) else float(multiplier.abs().max())
+    if m > limit:
+        raise ValueError(
+            f"The vector times {m:g} does not fit {narrow}, in which {scaled.name} computes, and would turn into infinities. "
+            f"The largest multiplier that fits is {_rounded_down(limit)}."
+        )
 
 # %% ../../nbs/reference/steer/edits.ipynb #7afba72a
 def _stored_numbers(t: Tensor) -> Tensor | None:
-    "`t` as it lies in memory, for checks that need its numbers: without what `torch.func` wraps around it. None on meta."
+    "`t` as it is in memory, for checks that need its numbers: without what `torch.func` wraps around it. None on meta."
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     return None if t.is_meta else t.detach()
 
 # %% ../../nbs/reference/steer/edits.ipynb #3c8928b7
 def _size(vector: Tensor, norm: float) -> float:
-    "The norm of a vector; infinities, which are the caller's word, left out."
+    "The norm of a vector; infinities, which the caller put there, are left out."
     v = _stored_numbers(vector)
     if v is None or not v.numel():
         return 0.0
@@ -126,7 +130,7 @@ def _rounded_down(x: float) -> str:
 
 # %% ../../nbs/reference/steer/edits.ipynb #2fb4f077
 @torch.inference_mode(False)  # kept, and perhaps used again where gradients are computed
-def _for_rows(multipliers: Tensor, b: int, device: torch.device = CPU) -> tuple[Tensor, Tensor | None]:
+def _rows_of_multipliers(multipliers: Tensor, b: int, device: torch.device = CPU) -> tuple[Tensor, Tensor | None]:
     "The multipliers of `b` rows, (b,), and on the device which of them are not zero, (b, 1); None if none is."
     if b % len(multipliers):
         raise ValueError(
@@ -139,15 +143,23 @@ def _for_rows(multipliers: Tensor, b: int, device: torch.device = CPU) -> tuple[
 @torch.inference_mode(False)
 def _by_multiplier(rows: Tensor, device: torch.device = CPU) -> list[tuple[float, Tensor | None]]:
     "Each different multiplier but 0, and which rows have it, (b, 1, 1); None if all of them."
-    return [
-        (m, None if bool((rows == m).all()) else (rows == m)[:, None, None].to(device))
-        for m in rows.unique().tolist()
-        if m
-    ]
+    groups: list[tuple[float, Tensor | None]] = []
+    for m in rows.unique().tolist():
+        has_it = rows == m
+        if m:
+            groups.append((m, None if bool(has_it.all()) else has_it[:, None, None].to(device)))
+    return groups
+
+# %% ../../nbs/reference/steer/edits.ipynb #01bab050
+def _fits(change: Tensor, h: Tensor) -> bool:
+    "Whether a change is (d,), or each of its three dimensions is 1 or the activation's."
+    if change.ndim not in (1, 3) or change.shape[-1] != h.shape[-1]:
+        return False
+    return all(n in (1, full) for n, full in zip(change.shape, h.shape[-change.ndim :], strict=True))
 
 # %% ../../nbs/reference/steer/edits.ipynb #397f39c7
 def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
-    "What the operator answers, checked: (d,), or three dimensions that fit the activation."
+    "What the operator returns, checked: (d,), or three dimensions that fit the activation."
     if isinstance(operator, BUILT_IN):
         return operator(h, vector)
     try:
@@ -155,9 +167,8 @@ def _change(operator: PatchDeltaOperator, h: Tensor, vector: Tensor) -> Tensor:
     except Exception as e:
         e.add_note(f"Raised by the operator, for an activation {tuple(h.shape)} and a vector {tuple(vector.shape)}.")
         raise
-    if isinstance(change, Tensor) and change.ndim in (1, 3) and change.shape[-1] == h.shape[-1]:
-        if all(n in (1, m) for n, m in zip(change.shape, h.shape[-change.ndim :], strict=True)):
-            return change
+    if isinstance(change, Tensor) and _fits(change, h):
+        return change
     returned = tuple(change.shape) if isinstance(change, Tensor) else type(change).__name__
     raise ValueError(
         f"The operator must return a change that can be added to the activation, of shape {tuple(h.shape)} or (1, 1, {h.shape[-1]}); "
@@ -173,9 +184,9 @@ class LayerEdit:
         name: str,  # of the module, for messages
         vector: Tensor,  # (d,)
         operator: PatchDeltaOperator,  # (activation, vector) to change
-        multiplier: float | Tensor,  # a number, or (b,) one a row
+        multiplier: float | Tensor,  # a number, or (b,) one per row
         selection: Tokens | None,  # which tokens; None for all
-        tracker: PassTracker | None,  # knows where the pass stands; None if nobody needs to know
+        tracker: PassTracker | None,  # knows where the pass stands; None if that is not needed
     ):
         self.name, self.width, self.operator, self.multiplier = name, len(vector), operator, multiplier
         self.selection, self.tracker = selection, tracker
@@ -203,10 +214,11 @@ class LayerEdit:
 def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     "The new activations, in the layout of `h`."
     if edit.tracker is None:  # one multiplier, every token: rows and tokens need not be told apart
-        return _changed(edit, h if h.ndim == 3 else h.reshape(1, -1, h.shape[-1]), True).reshape(h.shape)
-    run = edit.tracker.current()
-    rows, back = by_token(h, run.batch, run.length)
-    streams = rows.shape[1] // run.length
+        rows = h if h.ndim == 3 else h.reshape(1, -1, h.shape[-1])
+        return _changed(edit, rows, True).reshape(h.shape)
+    call = edit.tracker.current()
+    rows, back = by_token(h, call.batch, call.length)
+    streams = rows.shape[1] // call.length
     if isinstance(mask, Tensor) and streams > 1:
         mask = mask.repeat_interleave(streams, 1)
     return back(_changed(edit, rows, mask))
@@ -219,10 +231,11 @@ def _changed(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     else:
         key = (len(h), h.device)
         if key not in edit.rows:
-            edit.rows[key] = _for_rows(edit.multiplier, len(h), h.device)
-        rows, on = edit.rows[key]
-        new = _moved(edit, h, rows) if edit.by_row else _moved_in_groups(edit, h, rows)
-        mask = mask if on is None else on if mask is True else mask & on
+            edit.rows[key] = _rows_of_multipliers(edit.multiplier, len(h), h.device)
+        multipliers, not_zero = edit.rows[key]
+        new = _moved(edit, h, multipliers) if edit.by_row else _moved_in_groups(edit, h, multipliers)
+        if not_zero is not None:
+            mask = not_zero if mask is True else mask & not_zero
     return torch.where(mask[..., None], new, h) if isinstance(mask, Tensor) else new
 
 # %% ../../nbs/reference/steer/edits.ipynb #be6b7a6d
@@ -231,12 +244,12 @@ def _moved(edit: LayerEdit, h: Tensor, multiplier: float | Tensor) -> Tensor:
     return (h + _change(edit.operator, h, edit.scaled.on(h, multiplier))).to(h.dtype)
 
 # %% ../../nbs/reference/steer/edits.ipynb #7b92c345
-def _moved_in_groups(edit: LayerEdit, h: Tensor, rows: Tensor) -> Tensor:
+def _moved_in_groups(edit: LayerEdit, h: Tensor, multipliers: Tensor) -> Tensor:
     "The same from one call for each different multiplier, of which a row takes its own."
     key, new = (len(h), h.device), h
     if key not in edit.groups:
-        edit.groups[key] = _by_multiplier(rows, h.device)
-    for m, which in edit.groups[key]:
+        edit.groups[key] = _by_multiplier(multipliers, h.device)
+    for m, has_it in edit.groups[key]:
         moved = _moved(edit, h, m)
-        new = moved if which is None else torch.where(which, moved, new)
+        new = moved if has_it is None else torch.where(has_it, moved, new)
     return new

@@ -1,13 +1,13 @@
-"""Where the rows of one pass, their prompt and their padding lie.
+"""Where do one forward pass, its prompts and their padding lie in the sequences?
 
-Which tokens does "the answer" mean? In a batch of prompts of different length, padded on the left,
-generated from one token at a time with a cache, the answer begins at another place in every row,
+Which tokens are "the answer"? In a batch of prompts of different length, padded on the left,
+generated from one token at a time with a cache, the answer begins at another position in every row,
 and the forward pass that has to be steered sees a single column of it.
 
-This page is the arithmetic of that question, on plain tensors: no model, no cache, no hook. You
-name tokens with an expression, `Tokens`, or with column numbers as the 0.12 library did, or with
-both in one expression. A `Layout` tells where one forward pass stands. Selection and place together
-give a mask.
+A `Layout` holds what has to be known of one forward pass to answer that; a `PromptLayout` holds
+what is known of the prompts when the ids given to the model are passed as `prompt=`. Both are plain
+numbers and tensors: no model, no cache, no hook. places turns a selection of tokens and a layout
+into a mask.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/layouts.html
 """
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .selections import _is_bool
+from ..numbers import CPU, is_bool
 
 # %% auto #0
 __all__ = ['Layout', 'numbering', 'prompt_tokens', 'PromptLayout']
@@ -32,20 +32,16 @@ __all__ = ['Layout', 'numbering', 'prompt_tokens', 'PromptLayout']
 # %% ../../nbs/reference/steer/layouts.ipynb #b1410fbc
 @dataclass(frozen=True)
 class Layout:
-    "Where one forward pass stands in the sequences it continues."
+    "Where one forward pass lies in the sequences it continues."
 
     start: int | Tensor  # column of the first token of the pass; a tensor where only the device knows it
     batch: int  # rows, b
     length: int  # columns of this pass, s
     prompt_columns: int | None = None  # columns of the prompt, padding included: where generated columns begin
-    prompt_lengths: Tensor | None = (
-        None  # (b,) each row's prompt tokens, padding not counted; None: all of `prompt_columns`
-    )
-    real: Tensor | None = (
-        None  # (b, columns) bool, False where a column is padding; later columns are real; None: no padding
-    )
+    prompt_lengths: Tensor | None = None  # (b,) tokens of each row's prompt; None: all of `prompt_columns` but padding
+    is_token: Tensor | None = None  # (b, columns) False at padding; later columns are tokens; None: no padding
     ids: Tensor | None = None  # (b, s) token ids of this pass
-    device: torch.device = field(default=torch.device("cpu"))  # where masks are wanted
+    device: torch.device = field(default=CPU)  # where masks are wanted
 
     @property
     def columns(self) -> Tensor:  # (s,)
@@ -54,31 +50,33 @@ class Layout:
 
 # %% ../../nbs/reference/steer/layouts.ipynb #640c9014
 def numbering(
-    place: Layout,
+    layout: Layout,
 ) -> tuple[Tensor, Tensor]:  # (b or 1, s) number in the row, (b or 1, s) whether it is a token at all
     "Each column's number among its row's own tokens."
-    columns = place.columns[None]
-    if place.real is None:
+    columns = layout.columns[None]
+    if layout.is_token is None:
         return columns, torch.ones_like(columns, dtype=torch.bool)
-    real = place.real.to(place.device)
-    known = real.shape[1]
-    at = columns.clamp(max=known - 1).expand(real.shape[0], -1)
-    number = real.long().cumsum(1).gather(1, at) - 1 + (columns - (known - 1)).clamp(min=0)
-    return number, real.gather(1, at) | (columns >= known)
+    known_tokens = layout.is_token.to(layout.device)
+    rows, known = known_tokens.shape
+    within = columns.clamp(max=known - 1).expand(rows, -1)  # the column itself, or the last known one
+    beyond = (columns - (known - 1)).clamp(min=0)  # how many columns behind the last known one
+    number = known_tokens.long().cumsum(1).gather(1, within) - 1 + beyond
+    return number, known_tokens.gather(1, within) | (columns >= known)
 
 # %% ../../nbs/reference/steer/layouts.ipynb #8b8f4d7a
 def prompt_tokens(
-    place: Layout,
+    layout: Layout,
 ) -> Tensor:  # (b or 1, 1)
-    "How many tokens of its own each row's prompt has."
-    if place.prompt_lengths is not None:
-        return place.prompt_lengths.to(place.device)[:, None]
-    if place.prompt_columns is None:
+    "How many tokens of its own each row's prompt has. Raises ValueError where the end of the prompt is not known."
+    if layout.prompt_lengths is not None:
+        return layout.prompt_lengths.to(layout.device)[:, None]
+    columns = layout.prompt_columns
+    if columns is None:
         raise ValueError("Where the prompt ends is not known here. Pass prompt=, the ids given to the model.")
-    if place.real is None:
-        return torch.full((1, 1), place.prompt_columns, device=place.device)
-    beyond = max(place.prompt_columns - place.real.shape[1], 0)  # columns that no mask has covered yet
-    return place.real[:, : place.prompt_columns].to(place.device).sum(1, keepdim=True) + beyond
+    if layout.is_token is None:
+        return torch.full((1, 1), columns, device=layout.device)
+    beyond = max(columns - layout.is_token.shape[1], 0)  # columns that no mask has covered yet
+    return layout.is_token[:, :columns].to(layout.device).sum(1, keepdim=True) + beyond
 
 # %% ../../nbs/reference/steer/layouts.ipynb #a48a0fe4
 def _rows(given: Any) -> list[Tensor]:
@@ -96,32 +94,32 @@ def _rows(given: Any) -> list[Tensor]:
 
 # %% ../../nbs/reference/steer/layouts.ipynb #ed5e753f
 def _fields(prompt: Any) -> dict[str, Any]:
-    "A prompt that is no dictionary: an object with such fields, or the ids themselves."
+    "The fields of a prompt that is no dictionary: an object with such attributes, or the ids themselves."
     if not hasattr(prompt, "input_ids"):
         return {"input_ids": prompt}
     return {name: getattr(prompt, name, None) for name in ("input_ids", "attention_mask")}
 
 # %% ../../nbs/reference/steer/layouts.ipynb #b055218a
-def _rows_of_ids(said: Mapping[str, Any]) -> tuple[list[Tensor] | None, list[int]]:
+def _rows_of_ids(fields: Mapping[str, Any]) -> tuple[list[Tensor] | None, list[int]]:
     "The ids of a prompt, if there are any, and the length of each row."
-    embeddings = said.get("inputs_embeds")
-    if said.get("input_ids") is None and isinstance(embeddings, Tensor) and embeddings.ndim == 3:
+    embeddings = fields.get("inputs_embeds")
+    if fields.get("input_ids") is None and isinstance(embeddings, Tensor) and embeddings.ndim == 3:
         return None, [embeddings.shape[1]] * len(embeddings)
-    if "input_ids" not in said:
-        raise ValueError(f"prompt= has no input_ids; it has {list(said)}. Pass what the model is given.")
-    rows = _rows(said["input_ids"])
-    if any(row.is_floating_point() or _is_bool(row) for row in rows):
+    if "input_ids" not in fields:
+        raise ValueError(f"prompt= has no input_ids; it has {list(fields)}. Pass what the model is given.")
+    rows = _rows(fields["input_ids"])
+    if any(row.is_floating_point() or is_bool(row) for row in rows):
         raise TypeError(
             f"prompt= holds {rows[0].dtype}, and token ids are whole numbers. Pass the ids given to the model."
         )
     return rows, [len(row) for row in rows]
 
 # %% ../../nbs/reference/steer/layouts.ipynb #4f6e0df3
-def _rows_of_mask(said: Mapping[str, Any], lengths: list[int]) -> list[Tensor] | None:
+def _rows_of_mask(fields: Mapping[str, Any], lengths: list[int]) -> list[Tensor] | None:
     "The attention mask of a prompt as rows of bools, None where there is none."
-    if said.get("attention_mask") is None:
+    if fields.get("attention_mask") is None:
         return None
-    rows = _rows(said["attention_mask"])
+    rows = _rows(fields["attention_mask"])
     if [len(row) for row in rows] != lengths:
         raise ValueError(
             f"The attention mask of prompt= has rows of {[len(row) for row in rows]} columns, and its ids have {lengths}. "
@@ -134,12 +132,12 @@ def _rows_of_mask(said: Mapping[str, Any], lengths: list[int]) -> list[Tensor] |
     return [row.bool() for row in rows]
 
 # %% ../../nbs/reference/steer/layouts.ipynb #2cff56fe
-def _rows_of_words(said: Any, rows: list[Tensor] | None) -> list[list[str]] | None:
+def _rows_of_words(prompt: Any, rows: list[Tensor] | None) -> list[list[str]] | None:
     "Each column's token as text, where a fast tokenizer has made just these ids."
-    made = (getattr(said, "encodings", None) or []) if getattr(said, "is_fast", False) else []
-    if rows is None or [list(e.ids) for e in made] != [row.tolist() for row in rows]:
+    encodings = getattr(prompt, "encodings", None) if getattr(prompt, "is_fast", False) else None
+    if rows is None or [list(encoding.ids) for encoding in encodings or []] != [row.tolist() for row in rows]:
         return None
-    return [said.tokens(i) for i in range(len(rows))]
+    return [prompt.tokens(i) for i in range(len(rows))]
 
 # %% ../../nbs/reference/steer/layouts.ipynb #b20795ec
 @dataclass(frozen=True, eq=False)
@@ -148,7 +146,7 @@ class PromptLayout:
 
     columns: int  # columns of the prompt, padding included
     lengths: Tensor  # (b,) tokens of each row's prompt, padding not counted
-    real: Tensor | None = None  # (b, columns) bool, False where a column is padding; None where nobody said
+    is_token: Tensor | None = None  # (b, columns) False where a column is padding; None where no mask was given
     ids: Tensor | None = None  # (b, columns) token ids
     words: list[list[str]] | None = None  # each column's token as text, for display
 
@@ -156,27 +154,30 @@ class PromptLayout:
     def of(
         prompt: Any,  # (b, s) or (s,) ids, a list of ids or of lists, or what the tokenizer returned
     ) -> PromptLayout:
-        "Read a prompt from ids or from a tokenizer's output."
-        if isinstance(prompt, PromptLayout):
-            return prompt
-        said = prompt if isinstance(prompt, Mapping) else _fields(prompt)
-        ids, columns = _rows_of_ids(said)
-        real = _rows_of_mask(said, columns)
-        lengths = torch.tensor(columns if real is None else [int(row.sum()) for row in real], device="cpu")
-        if len(set(columns)) > 1:  # lists of different length: no padding yet, so its side is not known
-            return PromptLayout(max(columns), lengths)
-        mask, tokens = (None if rows is None else torch.stack(rows) for rows in (real, ids))
-        return PromptLayout(columns[0], lengths, mask, tokens, _rows_of_words(said, ids))
+        "Read a prompt from ids or from a tokenizer's output. Raises ValueError or TypeError for what no model reads."
+        return prompt if isinstance(prompt, PromptLayout) else _read_prompt(prompt)
 
     def for_rows(
         self,
         b: int,  # rows of the pass: those of the prompt, or a multiple where each was repeated (beams, returned sequences)
     ) -> PromptLayout:  # the same prompt with `b` rows
-        "Repeat each row as `generate` does."
+        "Repeat each row as `generate` does. Raises ValueError where `b` is no multiple of its rows."
         rows = len(self.lengths)
         if rows == b:
             return self
         if b % rows:
             raise ValueError(f"prompt= has {rows} rows, the model was given {b}. Pass the prompt of every row.")
-        real, ids = (None if t is None else t.repeat_interleave(b // rows, 0) for t in (self.real, self.ids))
-        return replace(self, lengths=self.lengths.repeat_interleave(b // rows), real=real, ids=ids)
+        is_token, ids = (None if t is None else t.repeat_interleave(b // rows, 0) for t in (self.is_token, self.ids))
+        return replace(self, lengths=self.lengths.repeat_interleave(b // rows), is_token=is_token, ids=ids)
+
+# %% ../../nbs/reference/steer/layouts.ipynb #3d1aeb26
+def _read_prompt(prompt: Any) -> PromptLayout:
+    "What a prompt tells of its rows."
+    fields = prompt if isinstance(prompt, Mapping) else _fields(prompt)
+    ids, columns = _rows_of_ids(fields)
+    mask = _rows_of_mask(fields, columns)
+    lengths = torch.tensor(columns if mask is None else [int(row.sum()) for row in mask], device="cpu")
+    if len(set(columns)) > 1:  # lists of different length: no padding yet, so its side is not known
+        return PromptLayout(max(columns), lengths)
+    is_token, tokens = (None if rows is None else torch.stack(rows) for rows in (mask, ids))
+    return PromptLayout(columns[0], lengths, is_token, tokens, _rows_of_words(fields, ids))

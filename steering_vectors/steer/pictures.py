@@ -1,8 +1,8 @@
-"""Which tokens would be steered, shown before anything runs.
+"""Which tokens would be steered, shown before anything runs?
 
 A selection is an expression, and what it means depends on the prompt. Before running anything one
-wants to see it on one's own words. This page asks the same function that steers, so the picture
-cannot say one thing while the model does another.
+wants to see it on one's own words. `token_cells` asks the same function that steers, so the picture
+cannot differ from what the model does; `cells_as_text` and `cells_as_html` draw it.
 
 A handle in a notebook shows itself this way: the steered tokens of the prompt, a bar, and the first
 few generated tokens to come.
@@ -21,6 +21,7 @@ from html import escape
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..numbers import CPU
 from .layouts import Layout, PromptLayout
@@ -30,13 +31,34 @@ from .tokens import Tokens
 # %% ../../nbs/reference/steer/pictures.ipynb #11999637
 AHEAD = 4  # generated tokens to show
 
-
+# %% ../../nbs/reference/steer/pictures.ipynb #90d2099e
 class TokenCell(NamedTuple):
     "One token of a picture."
 
     text: str
     steered: bool
     is_token: bool  # or padding
+
+# %% ../../nbs/reference/steer/pictures.ipynb #b02b7453
+def _steered(selection: Tokens | None, prompt: PromptLayout, ids: Tensor) -> Tensor:  # (b, s + AHEAD) bool
+    "Which columns of the prompt, and of `AHEAD` generated tokens, are meant."
+    b, s = ids.shape
+    not_yet_written = torch.full((b, AHEAD), -1, device=ids.device)
+    all_ids = torch.cat([ids, not_yet_written], 1)
+    mask = select(selection, Layout(0, b, s + AHEAD, s, prompt.lengths, prompt.is_token, all_ids))
+    return torch.full((b, s + AHEAD), mask, device=CPU) if isinstance(mask, bool) else mask.expand(b, -1)
+
+# %% ../../nbs/reference/steer/pictures.ipynb #5fcf62ba
+def _texts(prompt: PromptLayout, ids: Tensor) -> list[list[str]]:
+    "By row, each prompt token as text, or as its id, and numbers for the tokens to come."
+    words = prompt.words if prompt.words is not None else [[str(i) for i in row] for row in ids.tolist()]
+    ahead = [f"+{i + 1}" for i in range(AHEAD)]
+    return [[*map(_without_marks, row), *ahead] for row in words]
+
+# %% ../../nbs/reference/steer/pictures.ipynb #5b5a09c9
+def _without_marks(word: str) -> str:
+    "A token without the marks that tokenizers put in for spaces and line ends."
+    return word.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "↵")
 
 # %% ../../nbs/reference/steer/pictures.ipynb #f7663b9b
 def token_cells(
@@ -47,44 +69,25 @@ def token_cells(
     if prompt is None or prompt.ids is None:
         return []
     b, s = prompt.ids.shape
-    later = torch.full((b, AHEAD), -1, device=prompt.ids.device)
-    layout = Layout(0, b, s + AHEAD, s, prompt.lengths, prompt.real, torch.cat([prompt.ids, later], 1))
-    mask = select(selection, layout)
-    on = torch.full((b, s + AHEAD), mask, device=CPU) if isinstance(mask, bool) else mask.expand(b, -1)
-    is_token = torch.ones(b, s, dtype=torch.bool, device=CPU) if prompt.real is None else prompt.real
-    ahead = [f"+{i + 1}" for i in range(AHEAD)]
+    steered = _steered(selection, prompt, prompt.ids)
+    is_token = torch.ones(b, s + AHEAD, dtype=torch.bool, device=CPU)
+    if prompt.is_token is not None:
+        is_token[:, :s] = prompt.is_token
     rows = []
-    for r in range(b):
-        words = prompt.words[r] if prompt.words is not None else [str(i) for i in prompt.ids[r].tolist()]
-        texts = [*map(_plain, words), *ahead]
-        rows.append([TokenCell(t, bool(on[r, c]), bool(c >= s or is_token[r, c])) for c, t in enumerate(texts)])
+    for r, texts in enumerate(_texts(prompt, prompt.ids)):
+        rows.append([TokenCell(t, bool(steered[r, c]), bool(is_token[r, c])) for c, t in enumerate(texts)])
     return rows
-
-# %% ../../nbs/reference/steer/pictures.ipynb #5b5a09c9
-def _plain(word: str) -> str:
-    "A token without the marks that tokenizers put in for spaces and line ends."
-    return word.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "↵")
 
 # %% ../../nbs/reference/steer/pictures.ipynb #04f5e741
 def cells_as_text(
     rows: Sequence[Sequence[TokenCell]],
-) -> list[str]:  # a line for each row
+) -> list[str]:  # one line per row
     "Steered tokens in brackets, and a bar where the prompt ends."
     lines = []
     for row in rows:
-        shown = [f"[{cell.text.strip() or '␣'}]" if cell.steered else cell.text.strip() or "␣" for cell in row]
+        words = [cell.text.strip() or "␣" for cell in row]
+        shown = [f"[{word}]" if cell.steered else word for word, cell in zip(words, row, strict=True)]
         lines.append(" ".join([*shown[:-AHEAD], "|", *shown[-AHEAD:], "…"]))
-    return lines
-
-# %% ../../nbs/reference/steer/pictures.ipynb #11376f47
-def cells_as_html(
-    rows: Sequence[Sequence[TokenCell]],
-) -> list[str]:  # a block for each row
-    "Steered tokens on orange, padding in grey."
-    lines = []
-    for row in rows:
-        spans = [f'<span style="{_style(cell)}">{escape(cell.text)}</span>' for cell in row]
-        lines.append(f"<div>{''.join(spans[:-AHEAD])}<b> | </b>{''.join(spans[-AHEAD:])} …</div>")
     return lines
 
 # %% ../../nbs/reference/steer/pictures.ipynb #62365f70
@@ -94,3 +97,14 @@ def _style(cell: TokenCell) -> str:
     if cell.steered:
         return box + "background:#E69F00;color:#000"
     return box + ("background:#eee;color:#333" if cell.is_token else "color:#aaa")
+
+# %% ../../nbs/reference/steer/pictures.ipynb #11376f47
+def cells_as_html(
+    rows: Sequence[Sequence[TokenCell]],
+) -> list[str]:  # one block per row
+    "Steered tokens on orange, padding in grey."
+    lines = []
+    for row in rows:
+        spans = [f'<span style="{_style(cell)}">{escape(cell.text)}</span>' for cell in row]
+        lines.append(f"<div>{''.join(spans[:-AHEAD])}<b> | </b>{''.join(spans[-AHEAD:])} …</div>")
+    return lines

@@ -1,4 +1,12 @@
-"""Which tokens of one pass a selection means.
+"""Which tokens of one forward pass does a selection mean?
+
+A selection is an expression of tokens, and a layout describes one forward pass (see layouts).
+`select` puts the two together: it answers `True` where every token of the pass is meant and `False`
+where none is, wherever plain arithmetic on integers can decide. Then no mask is built and nothing
+is computed on the device, which covers nearly every pass of a generation: it reads one column that
+is either in or out. Otherwise `select` returns a mask, `(b, s)` or `(1, s)`.
+
+The rule behind all of it: steering with a cache equals steering without one, token by token.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/places.html
 """
@@ -25,32 +33,34 @@ from .tokens import Tokens, as_selection
 __all__ = ['Chosen', 'select', 'one_row', 'chosen_tokens']
 
 # %% ../../nbs/reference/steer/places.ipynb #a93f9d79
-Chosen = bool | Callable[[], Tensor]
+Chosen = bool | Callable[[], Tensor]  # all, none, or the function that builds the mask
 
 # %% ../../nbs/reference/steer/places.ipynb #f10d5282
 def select(
     selection: Tokens | None,  # which tokens; None for all
-    place: Layout,  # where the pass stands
+    layout: Layout,  # of the pass
 ) -> bool | Tensor:  # True: all of this pass, False: none of it, else a bool mask (b or 1, s)
-    "Which tokens of this pass are meant."
+    "Which tokens of this pass are meant. Raises ValueError where the layout lacks what the selection needs."
     if selection is None:
         return True
-    answer = _chosen(selection.node, place)
+    answer = _chosen(selection.node, layout)
     return answer if isinstance(answer, bool) else answer()
 
 # %% ../../nbs/reference/steer/places.ipynb #ac4bf0a7
-def _chosen(node: Node, place: Layout) -> Chosen:
+def _chosen(node: Node, layout: Layout) -> Chosen:
     "True for all of the pass, False for none of it, else the function that builds the mask."
     if isinstance(node, _Part):
-        return _chosen_part(node, place)
+        return _chosen_part(node, layout)
     if isinstance(node, Columns):
-        return _chosen_columns(node.index, place)
+        return _chosen_columns(node.index, layout)
     if isinstance(node, _Ids):
-        return lambda: _ids_mask(node.ids, place)
-    answers = [_chosen(inner, place) for inner in node.nodes]
+        return lambda: _ids_mask(node.ids, layout)
+    answers = [_chosen(inner, layout) for inner in node.nodes]
     if node.sign == "|":
         return _combined(answers, True, or_)
-    return _combined(answers if node.sign == "&" else [answers[0], _opposite(answers[1])], False, and_)
+    if node.sign == "-":
+        answers = [answers[0], _opposite(answers[1])]
+    return _combined(answers, False, and_)
 
 # %% ../../nbs/reference/steer/places.ipynb #bde540b8
 def _combined(answers: list[Chosen], deciding: bool, sign: Callable[[Tensor, Tensor], Tensor]) -> Chosen:
@@ -58,7 +68,9 @@ def _combined(answers: list[Chosen], deciding: bool, sign: Callable[[Tensor, Ten
     if any(answer is deciding for answer in answers):
         return deciding
     masks = [answer for answer in answers if not isinstance(answer, bool)]
-    return (lambda: reduce(sign, [mask() for mask in masks])) if masks else not deciding
+    if not masks:
+        return not deciding
+    return lambda: reduce(sign, [mask() for mask in masks])
 
 # %% ../../nbs/reference/steer/places.ipynb #6b4bcd18
 def _opposite(answer: Chosen) -> Chosen:
@@ -68,13 +80,18 @@ def _opposite(answer: Chosen) -> Chosen:
 def _chosen_by_slice(
     first: int | Tensor, length: int, start: int, stop: int | None, step: int, mask: Callable[[], Tensor]
 ) -> Chosen:
-    "Whether a slice chooses all or none of `length` numbers from `first` on; else the function `mask`."
-    if not isinstance(first, int):
-        return (start, stop, step) == (0, None, 1) or mask
-    low = start if first <= start else first + (start - first) % step
-    end = first + length if stop is None else min(stop, first + length)
-    chosen = len(range(low, end, step))
-    return chosen > 0 if chosen in (0, length) else mask
+    "Whether a slice chooses all or none of the `length` numbers from `first` on; else the function `mask`."
+    if not isinstance(first, int):  # only the device knows it, so only a slice of everything is decided
+        return True if (start, stop, step) == (0, None, 1) else mask
+    past_the_last = first + length
+    first_chosen = start
+    if start < first:
+        first_chosen = first + (start - first) % step  # the next number of the slice that lies in the pass
+    end = past_the_last if stop is None else min(stop, past_the_last)
+    count = len(range(first_chosen, end, step))
+    if count == 0:
+        return False
+    return True if count == length else mask
 
 # %% ../../nbs/reference/steer/places.ipynb #558aefe3
 def _in_slice(number: Tensor, start: int | Tensor, stop: int | Tensor | None, step: int) -> Tensor:
@@ -83,25 +100,33 @@ def _in_slice(number: Tensor, start: int | Tensor, stop: int | Tensor | None, st
     return chosen if stop is None else chosen & (number < stop)
 
 # %% ../../nbs/reference/steer/places.ipynb #f01d5418
-def _chosen_columns(index: slice | tuple[int, ...] | Tensor, place: Layout) -> Chosen:
+def _chosen_columns(index: slice | tuple[int, ...] | Tensor, layout: Layout) -> Chosen:
     "Columns by slice, by number or by mask."
     if isinstance(index, Tensor):
-        return _chosen_by_mask(index, place)
-    end = place.prompt_columns
-    if isinstance(index, slice):
-        start, stop, step = max(_from_end(index.start or 0, end), 0), index.stop, index.step or 1
-        stop = None if stop is None else _from_end(stop, end)
-        return _chosen_by_slice(
-            place.start, place.length, start, stop, step, lambda: _in_slice(place.columns, start, stop, step)[None]
-        )
+        return _chosen_by_mask(index, layout)
+    if isinstance(index, tuple):
+        return _chosen_by_numbers(index, layout)
+    end = layout.prompt_columns
+    start, step = max(_from_end(index.start or 0, end), 0), index.step or 1
+    stop = None if index.stop is None else _from_end(index.stop, end)
+
+    def mask() -> Tensor:
+        return _in_slice(layout.columns, start, stop, step)[None]
+
+    return _chosen_by_slice(layout.start, layout.length, start, stop, step, mask)
+
+# %% ../../nbs/reference/steer/places.ipynb #1fc8659a
+def _chosen_by_numbers(index: tuple[int, ...], layout: Layout) -> Chosen:
+    "Columns by number."
+    end = layout.prompt_columns
     numbers = sorted({_from_end(i, end) for i in index})
     if numbers and numbers[0] < 0:
         raise ValueError(f"Column {numbers[0] - (end or 0)} lies before the first: the prompt has {end} columns.")
-    if isinstance(place.start, int):
-        numbers = [i for i in numbers if place.start <= i < place.start + place.length]
-        if len(numbers) in (0, place.length):
+    if isinstance(layout.start, int):
+        numbers = [i for i in numbers if layout.start <= i < layout.start + layout.length]
+        if len(numbers) in (0, layout.length):
             return bool(numbers)
-    return lambda: torch.isin(place.columns, torch.tensor(numbers, dtype=torch.long, device=place.device))[None]
+    return lambda: torch.isin(layout.columns, torch.tensor(numbers, dtype=torch.long, device=layout.device))[None]
 
 # %% ../../nbs/reference/steer/places.ipynb #4eb87adb
 def _from_end(i: int, end: int | None) -> int:
@@ -115,80 +140,98 @@ def _from_end(i: int, end: int | None) -> int:
     return i + end
 
 # %% ../../nbs/reference/steer/places.ipynb #7098f63a
-def _chosen_by_mask(mask: Tensor, place: Layout) -> Chosen:
+def _chosen_by_mask(mask: Tensor, layout: Layout) -> Chosen:
     "The part of a 0/1 mask over the whole sequence that lies in this pass."
-    mask = mask if mask.ndim == 2 else mask[None]
-    if mask.shape[0] not in (1, place.batch):
-        if place.batch % mask.shape[0]:
-            raise ValueError(
-                f"The mask of tokens has {mask.shape[0]} rows, the model was given {place.batch}. Use one row, or one for each."
-            )
-        mask = mask.repeat_interleave(place.batch // mask.shape[0], 0)
-    if isinstance(place.start, int):
-        part = torch.zeros(mask.shape[0], place.length, dtype=torch.bool, device="cpu")
-        inside = mask[:, place.start : place.start + place.length]
-        part[:, : inside.shape[1]] = inside
-        if not bool(part.any()) or bool(part.all()):
-            return bool(part.any())
-        return lambda: part.to(place.device, non_blocking=True)
-    return lambda: _mask_at(mask, place)
+    rows = _mask_for_rows(mask if mask.ndim == 2 else mask[None], layout.batch)
+    if not isinstance(layout.start, int):
+        return lambda: _mask_at(rows, layout)
+    part = torch.zeros(len(rows), layout.length, dtype=torch.bool, device="cpu")
+    inside = rows[:, layout.start : layout.start + layout.length]
+    part[:, : inside.shape[1]] = inside
+    if bool(part.all()) or not bool(part.any()):
+        return bool(part.any())
+    return lambda: part.to(layout.device, non_blocking=True)
+
+# %% ../../nbs/reference/steer/places.ipynb #5872c6dc
+def _mask_for_rows(mask: Tensor, b: int) -> Tensor:
+    "A mask of one row, or of `b`: rows are repeated where `generate` has repeated them."
+    if len(mask) in (1, b):
+        return mask
+    if b % len(mask):
+        raise ValueError(
+            f"The mask of tokens has {len(mask)} rows, the model was given {b}. Use one row, or one for each."
+        )
+    return mask.repeat_interleave(b // len(mask), 0)
 
 # %% ../../nbs/reference/steer/places.ipynb #b05dcc20
-def _mask_at(mask: Tensor, place: Layout) -> Tensor:
+def _mask_at(mask: Tensor, layout: Layout) -> Tensor:
     "The same, at columns that only the device knows."
-    columns, known = place.columns, mask.shape[1]
-    return mask.to(place.device, non_blocking=True)[:, columns.clamp(max=known - 1)] & (columns < known)
+    columns, known = layout.columns, mask.shape[1]
+    return mask.to(layout.device, non_blocking=True)[:, columns.clamp(max=known - 1)] & (columns < known)
 
 # %% ../../nbs/reference/steer/places.ipynb #33d0440a
-def _chosen_part(node: _Part, place: Layout) -> Chosen:
-    "True or False where the tokens of the pass have the same numbers in every row; else the way to the mask."
+def _chosen_part(node: _Part, layout: Layout) -> Chosen:
+    "True or False where the tokens of the pass have the same numbers in every row; else the function that builds the mask."
 
     def mask() -> Tensor:
-        return _part_mask(node, place)
+        return _part_mask(node, layout)
 
-    start, end = place.start, place.prompt_columns
-    if node.part != "all" and (end is None or not isinstance(start, int) or start < end):
-        return mask  # some row may still be in its prompt
-    if node.part == "prompt":
+    start, end, counted_from = layout.start, layout.prompt_columns, 0
+    if node.part != "all":
+        if end is None or not isinstance(start, int) or start < end:
+            return mask  # some row may still be in its prompt
+        if node.part == "prompt":
+            return False
+        counted_from = end  # behind the prompt, a token's number is its column less this one, in every row
+    if _padding_counts(node, layout, counted_from):
+        return mask
+    first = start - counted_from
+    if node.part == "response":
+        first = first + 1  # its number 0 is the last token of the prompt
+    return _chosen_by_slice(first, layout.length, *node.slice, mask)
+
+# %% ../../nbs/reference/steer/places.ipynb #0ae31b8e
+def _padding_counts(node: _Part, layout: Layout, counted_from: int) -> bool:
+    "Whether padding may lie among the columns whose tokens are counted, so that rows differ."
+    if layout.is_token is None:
         return False
-    alike = 0 if node.part == "all" or end is None else end  # from this column on, rows without padding count alike
-    if place.real is not None:
-        padded = place.real.shape[1]  # no later column is padding
-        if not isinstance(start, int) or padded > (start if node.index is None else alike):
-            return mask
-    return _chosen_by_slice(start - alike + (node.part == "response"), place.length, *node.slice, mask)
+    if not isinstance(layout.start, int):
+        return True
+    masked = layout.is_token.shape[1]  # no later column is padding
+    first_counted = layout.start if node.index is None else counted_from  # a whole part counts nothing before the pass
+    return masked > first_counted
 
 # %% ../../nbs/reference/steer/places.ipynb #8d789341
-def _part_mask(node: _Part, place: Layout) -> Tensor:
+def _part_mask(node: _Part, layout: Layout) -> Tensor:
     "The mask of one part, (b or 1, s)."
-    number, real = numbering(place)
+    number, is_token = numbering(layout)
     start, stop, step = node.slice
     if node.part == "all":
-        return real & _in_slice(number, start, stop, step)
-    ends = prompt_tokens(place)
+        return is_token & _in_slice(number, start, stop, step)
+    ends = prompt_tokens(layout)
     if node.part == "prompt":
         low = start if start >= 0 else (start + ends).clamp(min=0)
         high = stop if stop is None or stop >= 0 else stop + ends
-        return real & (number < ends) & _in_slice(number, low, high, step)
+        return is_token & (number < ends) & _in_slice(number, low, high, step)
     first = ends if node.part == "generated" else ends - 1
-    return real & _in_slice(number - first, start, stop, step)
+    return is_token & _in_slice(number - first, start, stop, step)
 
 # %% ../../nbs/reference/steer/places.ipynb #0ad45aba
-def _ids_mask(ids: tuple[int, ...], place: Layout) -> Tensor:
+def _ids_mask(ids: tuple[int, ...], layout: Layout) -> Tensor:
     "Which tokens of the pass have one of these ids, (b, s)."
-    if place.ids is None:
+    if layout.ids is None:
         raise ValueError(
             f"Token ids are needed to leave out {list(ids)}, and this pass has none (it was given embeddings). Choose tokens by "
             "place instead."
         )
-    return torch.isin(place.ids.to(place.device), torch.tensor(ids, device=place.device))
+    return torch.isin(layout.ids.to(layout.device), torch.tensor(ids, device=layout.device))
 
 # %% ../../nbs/reference/steer/places.ipynb #12ef6846
 def one_row(
     tokens: Any,  # an expression of `Tokens`, columns, a slice, or a mask of one row
     min_token_index: int | None = None,  # this column and all later ones
 ) -> Any:  # as `apply` takes it; None: every token
-    "A selection that means the same for every row."
+    "A selection that means the same for every row. Raises ValueError for a mask of several rows."
     selection = as_selection(min_token_index, None, tokens)
     for mask in selection.masks if selection is not None else ():
         if mask.ndim == 2 and len(mask) > 1:
@@ -206,7 +249,7 @@ def chosen_tokens(
 ) -> Tensor:  # (s,) bool, on the CPU
     "Which tokens of one text are meant, counted in its own prompt."
     row = torch.tensor([list(ids)], dtype=torch.long, device=CPU)
-    place = Layout(start=0, batch=1, length=row.shape[1], prompt_columns=prompt, ids=row, device=CPU)
-    mask = select(one_row(tokens), place)
+    layout = Layout(start=0, batch=1, length=row.shape[1], prompt_columns=prompt, ids=row, device=CPU)
+    mask = select(one_row(tokens), layout)
     chosen: Tensor = torch.zeros(row.shape, dtype=torch.bool, device=CPU) | mask
     return chosen[0]

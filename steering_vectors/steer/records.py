@@ -1,12 +1,12 @@
-"""A steering as JSON, for requests and for files.
+"""How is a steering written as JSON, and read again?
 
 A server is told how to steer by a request, and a request is text. So everything about steering but
 the tensors has a spelling in JSON: the vector by a name that both sides know, its layers, the
-operator, the multiplier, and the tokens in the library's own language.
+operator, the multiplier, and the tokens as an expression.
 
 Reading such a text runs none of it. The expression for the tokens is taken apart by Python's
-parser, and only what `Tokens` can say is accepted. This room knows no models and no vectors, so an
-engine that has neither can use it.
+parser, and only what `Tokens` can express is accepted. This room needs no model and no vector, so a
+server that has neither can use it.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/records.html
 """
@@ -21,7 +21,7 @@ __all__ = ['LONGEST', 'PARTS', 'SIGNS', 'OPERATORS', 'read_tokens', 'operator_na
 import ast
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import and_, or_, sub
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ SIGNS: dict[type, Any] = {ast.BitOr: or_, ast.BitAnd: and_, ast.Sub: sub}
 def read_tokens(
     text: str,  # `Tokens.response[:8]`, `Tokens.prompt[-4:] | Tokens.generated - [13]`
 ) -> Tokens:
-    "The selection that an expression names."
+    "The selection that an expression names. Raises ValueError or TypeError where it names none."
     if not isinstance(text, str) or len(text) > LONGEST:
         raise TypeError(f'Tokens are written as an expression, "Tokens.response[:8]"; this is {text!r:.60}.')
     try:
@@ -56,22 +56,17 @@ def _selection(node: ast.expr) -> Tokens:
         case ast.Attribute(ast.Name("Tokens"), part) if part in PARTS:
             return getattr(Tokens, part)  # type: ignore[no-any-return]
         case ast.Subscript(inner, index):
-            return _tokens(inner)[_index(index)]
+            return _selection(inner)[_index(index)]
         case ast.BinOp(left, sign, right) if type(sign) in SIGNS:
             other = _index(right) if isinstance(right, (ast.List, ast.Constant)) else _selection(right)
-            return SIGNS[type(sign)](_tokens(left), other)  # type: ignore[no-any-return]
+            return SIGNS[type(sign)](_selection(left), other)  # type: ignore[no-any-return]
         case ast.UnaryOp(ast.Invert(), inner):
-            return ~_tokens(inner)
+            return ~_selection(inner)
     parts = ", ".join(f"Tokens.{part}" for part in PARTS)
     raise ValueError(
         f"{ast.unparse(node)!r} is not understood. An expression of tokens is made of {parts}, indices and slices of "
         "whole numbers, lists of token ids after -, and the signs | & - ~."
     )
-
-# %% ../../nbs/reference/steer/records.ipynb #a14fcbaf
-def _tokens(node: ast.expr) -> Tokens:
-    "A part of an expression that can be narrowed and joined."
-    return _selection(node)
 
 # %% ../../nbs/reference/steer/records.ipynb #1b026933
 def _index(node: ast.expr) -> Any:
@@ -95,7 +90,7 @@ OPERATORS = {
 def operator_name(
     operator: PatchDeltaOperator,
 ) -> str | dict[str, float]:  # {"ablation": 0.5} for half of it
-    "An operator of this library, written."
+    "An operator of this library as JSON. Raises ValueError for one of the user."
     if name := next((name for name, known in OPERATORS.items() if known == operator), None):
         return name
     fraction = getattr(operator, "fraction", None)
@@ -108,7 +103,7 @@ def operator_name(
 def read_operator(
     written: Any,  # as `operator_name` writes it
 ) -> PatchDeltaOperator:
-    "The operator that was written."
+    "The operator that was written. Raises ValueError where there is none of that name."
     if isinstance(written, str) and written in OPERATORS:
         return OPERATORS[written]
     if isinstance(written, Mapping) and set(written) == {"ablation"}:
@@ -126,7 +121,7 @@ def _number(value: Any, what: str) -> float:
 
 # %% ../../nbs/reference/steer/records.ipynb #87cb64d8
 class SteeringRecord(NamedTuple):
-    "What a request says about steering."
+    "What a request asks for."
 
     vector: str  # its name
     layers: tuple[int, ...] | None = None  # None: all it has
@@ -134,50 +129,28 @@ class SteeringRecord(NamedTuple):
     multiplier: float | tuple[float, ...] = 1.0  # several: one per row
     tokens: Tokens | None = None  # None: every token
 
-# %% ../../nbs/reference/steer/records.ipynb #9f79a33a
-def write_record(
-    record: SteeringRecord,
-) -> str:  # JSON
-    "A steering as a line of JSON."
-    if record.tokens is not None and record.tokens.masks:
-        raise ValueError(
-            "A mask of tokens is one batch's own and cannot be written as JSON. Name the tokens: Tokens.prompt[-4:]."
-        )
-    plain = SteeringRecord(record.vector)
-    written: dict[str, Any] = {
+# %% ../../nbs/reference/steer/records.ipynb #a587ece1
+def _as_json(record: SteeringRecord) -> dict[str, Any]:
+    "Each field as JSON has it."
+    return {
         "vector": record.vector,
         "layers": None if record.layers is None else list(record.layers),
         "operator": operator_name(record.operator),
         "multiplier": list(record.multiplier) if isinstance(record.multiplier, tuple) else record.multiplier,
         "tokens": None if record.tokens is None else repr(record.tokens),
     }
-    usual = {"layers": None, "operator": "addition", "multiplier": plain.multiplier, "tokens": None}
-    return json.dumps({name: value for name, value in written.items() if name not in usual or value != usual[name]})
 
-# %% ../../nbs/reference/steer/records.ipynb #d4e30c79
-def read_record(
-    written: str | Mapping[str, Any],  # JSON, or what it holds
-) -> SteeringRecord:
-    "What a request says, checked."
-    record = json.loads(written) if isinstance(written, str) else written
-    if not isinstance(record, Mapping):
-        raise TypeError(
-            f'A steering is written as an object, {{"vector": "joy", "multiplier": 2}}; not {record!r:.60}.'
+# %% ../../nbs/reference/steer/records.ipynb #9f79a33a
+def write_record(
+    record: SteeringRecord,
+) -> str:  # JSON
+    "A steering as a line of JSON. Raises ValueError for a mask of tokens and for an operator of the user."
+    if record.tokens is not None and record.tokens.masks:
+        raise ValueError(
+            "A mask of tokens is one batch's own and cannot be written as JSON. Name the tokens: Tokens.prompt[-4:]."
         )
-    if strange := sorted(map(str, set(record) - set(SteeringRecord._fields))):
-        raise ValueError(f"A steering has no field {strange[0]!r}: it has {', '.join(SteeringRecord._fields)}.")
-    if not isinstance(record.get("vector"), str):
-        raise ValueError('A steering names its vector: {"vector": "joy"}.')
-    found: dict[str, Any] = {"vector": record["vector"]}
-    if record.get("layers") is not None:
-        found["layers"] = _layer_list(record["layers"])
-    if record.get("operator") is not None:
-        found["operator"] = read_operator(record["operator"])
-    if record.get("multiplier") is not None:
-        found["multiplier"] = _multiplier(record["multiplier"])
-    if record.get("tokens") is not None:
-        found["tokens"] = read_tokens(record["tokens"])
-    return SteeringRecord(**found)
+    usual, written = _as_json(SteeringRecord(record.vector)), _as_json(record)
+    return json.dumps({name: v for name, v in written.items() if name == "vector" or v != usual[name]})
 
 # %% ../../nbs/reference/steer/records.ipynb #af97822c
 def _layer_list(written: Any) -> tuple[int, ...]:
@@ -192,3 +165,28 @@ def _multiplier(written: Any) -> float | tuple[float, ...]:
     "A number, or one per row."
     several = isinstance(written, (list, tuple)) and len(written) > 0
     return tuple(_number(m, "a multiplier") for m in written) if several else _number(written, "multiplier")
+
+# %% ../../nbs/reference/steer/records.ipynb #3c5607e0
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "layers": _layer_list,
+    "operator": read_operator,
+    "multiplier": _multiplier,
+    "tokens": read_tokens,
+}
+
+# %% ../../nbs/reference/steer/records.ipynb #d4e30c79
+def read_record(
+    written: str | Mapping[str, Any],  # JSON, or what it holds
+) -> SteeringRecord:
+    "What a request asks for, checked. Raises ValueError or TypeError for what cannot be meant."
+    record = json.loads(written) if isinstance(written, str) else written
+    if not isinstance(record, Mapping):
+        raise TypeError(
+            f'A steering is written as an object, {{"vector": "joy", "multiplier": 2}}; not {record!r:.60}.'
+        )
+    if strange := sorted(map(str, set(record) - set(SteeringRecord._fields))):
+        raise ValueError(f"A steering has no field {strange[0]!r}: it has {', '.join(SteeringRecord._fields)}.")
+    if not isinstance(record.get("vector"), str):
+        raise ValueError('A steering names its vector: {"vector": "joy"}.')
+    given = {name: value for name, value in record.items() if name in _READERS and value is not None}
+    return SteeringRecord(record["vector"], **{name: _READERS[name](value) for name, value in given.items()})

@@ -1,4 +1,9 @@
-"""What a choice of tokens is made of: parts, columns, masks, and the signs between them.
+"""What is a choice of tokens made of?
+
+A choice of tokens is an expression: parts of a sequence, columns and token ids, joined by the signs
+of sets. These are its building blocks; tokens puts them together into `Tokens`, the class that
+users write. Every leaf of an expression declares by `needs` what must be known before it can be
+found in a forward pass, so that only what is needed is ever asked for.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/selections.html
 """
@@ -10,34 +15,19 @@ from __future__ import annotations  # noqa: F404
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import index as as_index
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ..numbers import whole_number
+
 # %% auto #0
 __all__ = ['Part', 'Need', 'Columns']
 
-# %% ../../nbs/reference/steer/selections.ipynb #5d0c7a01
-def _is_bool(value: Any) -> bool:
-    "Whether `value` is `True` or `False`, or a tensor or an array of them."
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
-
-# %% ../../nbs/reference/steer/selections.ipynb #2111ec8b
-def _whole_index(number: Any) -> int:
-    "A whole number, of whatever type; `True` is none."
-    if _is_bool(number):
-        raise TypeError(f"{number!r} is not a whole number.")
-    return as_index(number)
-
-# %% ../../nbs/reference/steer/selections.ipynb #93d93211
-def _is_index(value: Any) -> bool:
-    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0 and not _is_bool(value)
-
 # %% ../../nbs/reference/steer/selections.ipynb #775f6685
 def _bounds(cut: slice) -> tuple[int | None, int | None, int | None]:
-    "Start, stop and step of a slice, checked."
-    start, stop, step = (None if i is None else _whole_index(i) for i in (cut.start, cut.stop, cut.step))
+    "Start, stop and step of a slice, checked. Raises TypeError for other things than whole numbers."
+    start, stop, step = (None if i is None else whole_number(i) for i in (cut.start, cut.stop, cut.step))
     if step is not None and step < 1:
         raise ValueError(f"The step must be 1 or more, not {step}: which tokens are steered has no direction.")
     return start, stop, step
@@ -82,50 +72,12 @@ def _written(start: int | None, stop: int | None, step: int | None) -> str:
     first, last, by = ("" if i is None else str(i) for i in (start, stop, step))
     return f"{first}:{last}{':' + by if by else ''}"
 
-# %% ../../nbs/reference/steer/selections.ipynb #c528185d
-class _Selection:
-    "What every selection can be asked."
-
-    _leaves: Any  # the parts, columns and ids in it
-
-    @property
-    def needs_prompt(self) -> bool:
-        "Whether the end of the prompt must be known."
-        return any("prompt" in leaf.needs for leaf in self._leaves)
-
-    @property
-    def needs_padding(self) -> bool:
-        "Whether it must be known which columns are padding."
-        return any("padding" in leaf.needs for leaf in self._leaves)
-
-    @property
-    def counts_tokens(self) -> bool:
-        "Whether tokens of a row are counted to know which are meant, so that a pad must not be taken for one."
-        return any(isinstance(leaf, _Part) and leaf.counts for leaf in self._leaves)
-
-    @property
-    def needs_ids(self) -> bool:
-        "Whether the token ids of the pass must be known."
-        return any("ids" in leaf.needs for leaf in self._leaves)
-
-    @property
-    def masks(self) -> tuple[Tensor, ...]:
-        "The 0/1 masks in it."
-        return tuple(
-            leaf.index for leaf in self._leaves if isinstance(leaf, Columns) and isinstance(leaf.index, Tensor)
-        )
-
 # %% ../../nbs/reference/steer/selections.ipynb #90873880
 @dataclass(frozen=True, eq=False)
-class Columns(_Selection):
+class Columns:
     "Columns of the sequence: a slice, some numbers, or a 0/1 mask of shape (s,) or (b, s)."
 
     index: slice | tuple[int, ...] | Tensor
-
-    @property
-    def _leaves(self) -> tuple[Columns]:
-        "Itself."
-        return (self,)
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -154,7 +106,7 @@ def _column_text(index: slice | tuple[int, ...] | Tensor) -> str:
 
 # %% ../../nbs/reference/steer/selections.ipynb #1f7b49ec
 def _column_key(index: slice | tuple[int, ...] | Tensor) -> tuple[Any, ...]:
-    "What makes two selections of columns equal: masks and slices cannot be hashed themselves."
+    "What two equal selections of columns share: masks and slices cannot be hashed themselves."
     if isinstance(index, Tensor):
         return tuple(index.shape), tuple(index.flatten().tolist())
     return (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)

@@ -1,4 +1,13 @@
-"""Where a call that has just begun stands in what it continues.
+"""Where does a call that has just begun stand in what it continues?
+
+A forward pass with a cache computes a few columns of a longer sequence. `read_call` finds out
+which: from the length of the cache where it has one, from what is remembered of it where it has
+none. What cannot be known is an error; a pass that continues something unknown is noted and refused
+as soon as anyone asks for its tokens.
+
+The arguments come from two sources. The module that holds the blocks is the first; where the user's
+model wraps it, that is the second: a multimodal model turns ids into embeddings on the way in, and
+passes on a mask that can no longer be read.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/starts.html
 """
@@ -14,10 +23,128 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..model.families import INPUTS
+from ..model.families import INPUT_NAMES, SEVERAL_SEQUENCES_NAMES
 from .caches import Adapter, cache_length, find_cache, is_blank, unknown_states
-from .calls import SEVERAL_SEQUENCES, Before, CacheMemory, Call, CallArguments, _tensor
+from .calls import SEVERAL_SEQUENCES, CacheMemory, Call, CallArguments, LastPass, _find_tensor
 from .padding import _put_in_front, _read_padding
+
+# %% ../../nbs/reference/steer/starts.ipynb #2f4e832c
+def _first_input(inner: CallArguments) -> Tensor:
+    "The tensor that has a number, or an embedding, for each token of the pass."
+    for name in INPUT_NAMES:
+        if isinstance(inner.get(name), Tensor):
+            return inner[name]  # type: ignore[no-any-return]
+    others = (value for value in inner.values() if isinstance(value, Tensor) and value.ndim >= 2)
+    return next(others, torch.zeros(1, 1, device="cpu"))
+
+# %% ../../nbs/reference/steer/starts.ipynb #85d2f4a9
+def _with_inputs(inner: CallArguments, sources: Sequence[CallArguments]) -> Call:
+    "A call with its size and its ids, or the embeddings that came in their place."
+    given = _first_input(inner)
+    b, s = (int(n) for n in given.shape[:2])
+    ids = _find_tensor(sources, "input_ids", lambda t: t.shape == (b, s))
+    if ids is None and given.ndim == 2 and not given.is_floating_point():
+        ids = given  # under a name of the model's own
+    call = Call(b, s, ids=ids)
+    if ids is None:
+        call.embeds = _find_tensor(sources[::-1], "inputs_embeds", lambda t: t.shape[:2] == (b, s))
+    counts = [source.get("logits_to_keep") for source in sources]
+    call.logits_wanted = max([n for n in counts if type(n) is int], default=1)
+    return call
+
+# %% ../../nbs/reference/steer/starts.ipynb #6751280c
+def _check_sequences(call: Call, sources: Sequence[CallArguments]) -> None:
+    "Note that a row holds several sequences; refuse it where a pass holds only what is new of each."
+    named = {name for name in SEVERAL_SEQUENCES_NAMES for source in sources if source.get(name) is not None}
+    call.several_sequences = bool(named)
+    if named and (call.cache is not None or "block_table" in named):
+        raise ValueError(SEVERAL_SEQUENCES)
+
+# %% ../../nbs/reference/steer/starts.ipynb #8700b82d
+def _read_adapter(call: Call, adapter: Adapter | None) -> None:
+    "Note the columns that an adapter put in front of the text."
+    if call.facts is not None and not call.fresh:
+        call.front = call.facts.front
+    if adapter is None or adapter.in_cache or call.ids is not None or call.length <= adapter.tokens:
+        return
+    if call.fresh:
+        _put_in_front(call, adapter.tokens)
+    else:
+        call.repeated_adapter = adapter
+
+# %% ../../nbs/reference/steer/starts.ipynb #2fded76b
+def _entries(call: Call, sources: Sequence[CallArguments]) -> int | Tensor | None:
+    "How many entries the cache of this pass holds; None for a state without a length."
+    length = cache_length(call.cache)
+    position = _find_tensor(sources, "cache_position", lambda t: t.shape == (call.length,))
+    if position is not None and length is not None:
+        length = position[0].clone()
+    if not isinstance(length, Tensor):
+        return length
+    on_cpu = length.device.type == "cpu"
+    begins_prompt = call.facts is None or call.length > 1
+    return int(length) if on_cpu or begins_prompt else length  # the device is read once per prompt, not per token
+
+# %% ../../nbs/reference/steer/starts.ipynb #343bbcb1
+def _longer_mask(call: Call, sources: Sequence[CallArguments]) -> Tensor | None:
+    "A mask over more columns than this pass computes."
+    return _find_tensor(sources, "attention_mask", lambda t: t.ndim == 2 and t.shape[1] > call.length)
+
+# %% ../../nbs/reference/steer/starts.ipynb #4c5b0150
+def _column_of_state(call: Call, sources: Sequence[CallArguments]) -> int:
+    "The first column where a state has no length: counted, or taken from a mask over all columns."
+    if (call.facts is None or call.length > 1) and is_blank(call.cache):
+        call.facts = None
+        return 0
+    if call.facts is not None:
+        return call.facts.columns
+    mask = _longer_mask(call, sources)
+    if mask is not None:
+        return mask.shape[1] - call.length
+    raise ValueError(
+        f"A {type(call.cache).__name__} has no length, and this one was begun before the steering context was opened, or copied since, so it cannot "
+        "be told which columns this pass computes. Open the context first, or steer every token."
+    )
+
+# %% ../../nbs/reference/steer/starts.ipynb #505c1d9e
+def _first_column(call: Call, sources: Sequence[CallArguments], prefix: int) -> int | Tensor:
+    "The column of the first token of this pass. `prefix`: entries of the cache that no block computed."
+    length = _entries(call, sources)
+    if length is None:
+        return _column_of_state(call, sources)
+    prefix = prefix if call.facts is None else call.facts.prefix
+    if not prefix or (isinstance(length, int) and length < prefix):
+        return length
+    call.prefix = prefix
+    if isinstance(length, int) and length == prefix:  # the prefix alone: this pass continues nothing
+        call.prefix_cache, call.cache, call.facts = call.cache, None, None
+    return length - prefix
+
+# %% ../../nbs/reference/steer/starts.ipynb #c9c68e39
+def _shown_by_last(call: Call, sources: Sequence[CallArguments], last: LastPass) -> str | None:
+    "What the pass before, or its own position, shows of a single token after a pass of many."
+    if last.unknown is not None:
+        return f"the last pass returned {last.unknown}"
+    positions = _find_tensor(sources, "position_ids", lambda t: t.shape == (call.batch, 1))
+    if positions is not None and bool((positions > 0).all()):
+        return f"it is a single token at position {int(positions[0])}"
+    return None
+
+# %% ../../nbs/reference/steer/starts.ipynb #b7d25f10
+def _unknown_cache(call: Call, sources: Sequence[CallArguments], last: LastPass | None) -> str | None:
+    "What shows that this pass, in which no cache was recognised, continues something."
+    has_position = any(source.get("cache_position") is not None for source in sources)
+    if has_position or any(source.get("use_cache") is False for source in sources):
+        return None
+    one_after_many = last is not None and call.length == 1 < last.length
+    wants_cache = any(source.get("use_cache") is True for source in sources)
+    for source in sources:
+        if found := unknown_states(source, containers=one_after_many or wants_cache):
+            return f"{found[0]}, came in"
+    mask = _longer_mask(call, sources)
+    if mask is not None:
+        return f"its mask has {mask.shape[1]} columns, and {call.length} came in"
+    return _shown_by_last(call, sources, last) if one_after_many and last is not None else None
 
 # %% ../../nbs/reference/steer/starts.ipynb #382c3bb9
 def read_call(
@@ -25,89 +152,20 @@ def read_call(
     outer: CallArguments,  # what the model around it was called with; may be empty
     memory: CacheMemory,  # what is known of caches from earlier passes
     adapter: Adapter | None = None,  # that puts tokens in front
-    before: Before | None = None,  # the last pass, if it left no cache
+    last: LastPass | None = None,  # the last pass, if it left no cache
 ) -> Call:  # before any block has run
-    "Where the pass stands that has just begun."
-    doors = [door for door in (inner, outer) if door]
-    given = next((inner[k] for k in INPUTS if isinstance(inner.get(k), Tensor)), None)
-    if given is None:
-        given = next(
-            (v for v in inner.values() if isinstance(v, Tensor) and v.ndim >= 2), torch.zeros(1, 1, device="cpu")
-        )
-    b, s = given.shape[:2]
-    cache = next((found[1] for found in map(find_cache, doors) if found), None)
-    run = Call(int(b), int(s), cache=cache, seen=None if cache is None else memory.get(cache))
-    run.several = any(door.get(name) is not None for door in doors for name in ("cu_seq_lens_q", "block_table"))
-    if run.several and (cache is not None or any(door.get("block_table") is not None for door in doors)):
-        raise ValueError(SEVERAL_SEQUENCES)  # of each sequence only what is new
-    run.ids = _tensor(doors, "input_ids", lambda t: t.shape == (b, s))
-    if run.ids is None:
-        run.ids = given if given.ndim == 2 and not given.is_floating_point() else None
-    if run.ids is None:
-        run.embeds = _tensor(doors[::-1], "inputs_embeds", lambda t: t.shape[:2] == (b, s))
-    run.logits = max([n for n in (door.get("logits_to_keep") for door in doors) if type(n) is int], default=1)
+    "Where the pass stands that has just begun. Raises ValueError where that cannot be known."
+    sources = [source for source in (inner, outer) if source]
+    call = _with_inputs(inner, sources)
+    found = next((found for found in map(find_cache, sources) if found), None)
+    if found is not None:
+        call.cache = found[1]
+        call.facts = memory.get(call.cache)
+    _check_sequences(call, sources)
     prefix = adapter.tokens if adapter is not None and adapter.in_cache else 0
-    run.start = _first_column(run, doors, prefix)
-    run.unknown = _unknown_cache(run, doors, before) if cache is None else None
-    _read_padding(run, doors, prefix)
-    if run.seen is not None and not run.fresh:
-        run.front = run.seen.front
-    if adapter is not None and not prefix and run.ids is None and s > adapter.tokens:
-        if run.fresh:
-            _put_in_front(run, adapter.tokens)
-        else:
-            run.again = adapter
-    return run
-
-# %% ../../nbs/reference/steer/starts.ipynb #505c1d9e
-def _first_column(run: Call, doors: Sequence[CallArguments], prefix: int) -> int | Tensor:
-    "The column of the first token of this pass. `prefix`: entries of the cache that no block computed."
-    length = cache_length(run.cache)
-    said = _tensor(doors, "cache_position", lambda t: t.shape == (run.length,))
-    if said is not None and length is not None:
-        length = said[0].clone()
-    if isinstance(length, Tensor):
-        here = length.device.type == "cpu" or run.seen is None or run.length > 1
-        length = int(length) if here else length  # read from the device once for each prompt
-    held = prefix if run.seen is None else run.seen.held
-    if length is not None and held and not (isinstance(length, int) and length < held):
-        run.held, length = held, length - held
-        if isinstance(length, int) and length == 0:
-            run.began, run.cache, run.seen = run.cache, None, None
-    if length is not None:
-        return length
-    if (run.seen is None or run.length > 1) and is_blank(run.cache):
-        run.seen = None
-        return 0
-    if run.seen is not None:
-        return run.seen.columns
-    mask = _tensor(doors, "attention_mask", lambda t: t.ndim == 2 and t.shape[1] > run.length)
-    if mask is not None:
-        return mask.shape[1] - run.length
-    raise ValueError(
-        f"A {type(run.cache).__name__} has no length, and this one was begun before the steering context was opened, or copied since, so it cannot "
-        "be told which columns this pass computes. Open the context first, or steer every token."
-    )
-
-# %% ../../nbs/reference/steer/starts.ipynb #b7d25f10
-def _unknown_cache(run: Call, doors: Sequence[CallArguments], before: Before | None) -> str | None:
-    "What shows that this pass, in which no cache was recognised, continues something."
-    said = any(door.get("cache_position") is not None for door in doors)
-    if said or any(door.get("use_cache") is False for door in doors):
-        return None
-    later = before is not None and run.length == 1 < before.length  # one token after many
-    wanted = any(door.get("use_cache") is True for door in doors)
-    for door in doors:
-        if what := unknown_states(door, containers=later or wanted):
-            return f"{what[0]}, came in"
-    mask = _tensor(doors, "attention_mask", lambda t: t.ndim == 2 and t.shape[1] > run.length)
-    if mask is not None:
-        return f"its mask has {mask.shape[1]} columns, and {run.length} came in"
-    if not later or before is None:
-        return None
-    if before.unknown is not None:
-        return f"the last pass returned {before.unknown}"
-    positions = _tensor(doors, "position_ids", lambda t: t.shape == (run.batch, 1))
-    if positions is not None and bool((positions > 0).all()):
-        return f"it is a single token at position {int(positions[0])}"
-    return None
+    call.start = _first_column(call, sources, prefix)
+    if found is None:
+        call.unknown_cache = _unknown_cache(call, sources, last)
+    _read_padding(call, sources, prefix)
+    _read_adapter(call, adapter)
+    return call

@@ -1,11 +1,12 @@
-"""How to steer, as a value: what, how strongly, which tokens. Checked first, attached when you say so.
+"""How is steering described as a value, and put onto a model?
 
-The pieces are there: modules that can be edited, a way to find them, a way to name tokens, and what
-to do to an activation. This page puts them together.
+*How to steer* is a value, a `Steering`: a vector, an operator, a multiplier and the tokens,
+everything but the model. Because it is a value it can be kept, printed, sent to a server, and given
+to whatever measures or draws. Nothing above this room carries these things around one by one.
 
-A model comes in only with `apply`. It looks at everything that could be wrong (a layer that does
-not exist, a vector of the wrong width) and returns a handle, which has not touched the model yet.
-Attaching it cannot fail halfway.
+A model comes in only with `apply`. It checks everything that could be wrong (a layer that does not
+exist, a vector of the wrong width) and returns a `SteeringPatchHandle`, which has not touched the
+model yet. Attaching it cannot fail halfway.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/steering.html
 """
@@ -24,27 +25,25 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..markup import html_table
-from ..model.attachments import Attachment
+from ..model.attachments import Attachment, AttachmentGroup
 from ..model.blocks import unwrap
 from ..model.families import LayerType, ModelLayerConfig
 from ..model.hooks import HookHandle
 from ..model.layers import _spans, modules_around, resolve_layer_numbers, resolve_layers
 from ..model.runs import RunWatch
+from .checks import _check_operator, _check_reach, _check_vector, _check_width
 from .decorating import F, _decorated
-from .edits import LayerEdit, _stored_numbers, as_multiplier
-from .layouts import Layout, PromptLayout
-from .operators import PatchDeltaOperator, ablation_operator, ablation_then_addition_operator
-from .operators import addition_operator
+from .edits import LayerEdit, as_multiplier
+from .layouts import PromptLayout
+from .operators import PatchDeltaOperator, addition_operator
 from .pictures import cells_as_html, cells_as_text, token_cells
-from .places import select
 from .positions import PassTracker
 from .records import SteeringRecord, read_record, write_record
-from .selections import Columns
 from .tokens import Tokens, as_selection
 
 # %% ../../nbs/reference/steer/steering.ipynb #805a45de
 class Directions(Protocol):
-    "What has a direction for each layer, as a `SteeringVector` has."
+    "Anything that has a direction for each layer, as a `SteeringVector` has."
 
     @property
     def layer_activations(self) -> Mapping[int, Tensor]: ...  # layer number to (d,)
@@ -55,7 +54,10 @@ class Directions(Protocol):
 # %% ../../nbs/reference/steer/steering.ipynb #fd8ae9d4
 @dataclass(frozen=True, eq=False)
 class Steering:
-    "Everything about steering but the model."
+    """Everything about steering but the model.
+
+    Raises ValueError or TypeError where a part of it cannot be meant.
+    """
 
     vector: Directions | Mapping[int, Tensor]  # layer number to (d,); negative numbers count from the end
     operator: PatchDeltaOperator = addition_operator()  # what to do with the vector
@@ -96,7 +98,7 @@ class Steering:
         self,
         multiplier: float | Sequence[float] | Tensor,  # a number, or one per row
     ) -> "Steering":
-        "The same steering, so many times as strong."
+        "The same steering, `multiplier` times as strong. Raises ValueError where both multipliers are given by row."
         return replace(self, multiplier=_product(self.strength, as_multiplier(multiplier)))
 
     def apply(
@@ -104,11 +106,14 @@ class Steering:
         model: nn.Module,  # any model whose layers can be found; not changed
         prompt: Any = None,  # the ids given to the model, where the prompt's end must be known
     ) -> "SteeringPatchHandle":  # checked, not attached; use it in a `with` statement
-        "Steer `model` while a `with` block is open."
+        "Steer `model` while a `with` block is open. Raises ValueError or TypeError for what does not fit the model."
         return _checked_handle(self, model, prompt)
 
-    def to_json(self, name: str) -> str:
-        "A line of JSON, in which the vector is called `name`."
+    def to_json(
+        self,
+        name: str,  # of the vector, which the reader has
+    ) -> str:
+        "A line of JSON, in which the vector is called `name`. Raises ValueError for what cannot be written."
         return write_record(_record(self, name))
 
     @classmethod
@@ -117,7 +122,7 @@ class Steering:
         written: str | Mapping[str, Any],  # JSON, or what it holds
         vectors: Mapping[str, Any],  # by name: each a SteeringVector, or layer number to (d,)
     ) -> "Steering":
-        "The steering that `to_json` wrote."
+        "The steering that `to_json` wrote. Raises ValueError or TypeError for what it never writes."
         return cls(**_from_record(read_record(written), vectors))
 
     def __repr__(self) -> str:
@@ -126,30 +131,9 @@ class Steering:
     def _repr_html_(self) -> str:
         return html_table(["steering", ""], _as_rows(self))
 
-# %% ../../nbs/reference/steer/steering.ipynb #a847d94c
-def _check_vector(vector: Any) -> None:
-    "Refuse what has no directions."
-    if not isinstance(vector, Mapping) and not hasattr(vector, "layer_activations"):
-        raise TypeError(
-            f"A steering needs a SteeringVector, or layer numbers with their directions, {{18: direction}}; not a {type(vector).__name__}."
-        )
-
-# %% ../../nbs/reference/steer/steering.ipynb #02f293c7
-def _check_operator(operator: PatchDeltaOperator | None) -> None:
-    "Refuse what is no operator, and what only makes one."
-    makers: tuple[Any, ...] = (addition_operator, ablation_operator, ablation_then_addition_operator)
-    for maker in makers:
-        if operator is maker:
-            name = getattr(maker, "__name__", "")
-            raise TypeError(f"{name} makes an operator: call it, operator={name}().")
-    if operator is not None and not callable(operator):
-        raise TypeError(
-            f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one."
-        )
-
 # %% ../../nbs/reference/steer/steering.ipynb #dd07b697
 def as_steering(
-    how: "Steering | Directions | Mapping[int, Tensor]",
+    how: "Steering | Directions | Mapping[int, Tensor]",  # a vector, or a steering
 ) -> Steering:
     "A steering as it is; a vector as a steering that adds it once, at every token."
     return how if isinstance(how, Steering) else Steering(how)
@@ -169,8 +153,10 @@ def _settings(steering: Steering) -> dict[str, str]:
     multiplier, given = steering.strength, {}
     if steering.operator != addition_operator():
         given["operator"] = repr(steering.operator)
-    if multiplier != 1.0 if isinstance(multiplier, float) else True:
-        given["multiplier"] = f"{multiplier:g}" if isinstance(multiplier, float) else repr(multiplier.tolist())
+    if isinstance(multiplier, Tensor):
+        given["multiplier"] = repr(multiplier.tolist())
+    elif multiplier != 1.0:
+        given["multiplier"] = f"{multiplier:g}"
     if steering.tokens is not None:
         given["tokens"] = repr(steering.tokens)
     if steering.layer_config is not None:
@@ -182,10 +168,12 @@ def _layers_as_code(numbers: Sequence[int]) -> str:
     "The index that chooses these layers of a vector: `[15]`, `[10:20]`, `[[1, 5]]`."
     if len(numbers) == 1:
         return f"[{numbers[0]}]"
-    in_a_row = list(numbers) == list(range(numbers[0], numbers[-1] + 1)) if numbers else False
-    return f"[{numbers[0]}:{numbers[-1] + 1}]" if in_a_row and numbers[0] >= 0 else f"[{list(numbers)}]"
+    if not numbers or numbers[0] < 0:
+        return f"[{list(numbers)}]"
+    first, last = numbers[0], numbers[-1]
+    return f"[{first}:{last + 1}]" if list(numbers) == list(range(first, last + 1)) else f"[{list(numbers)}]"
 
-
+# %% ../../nbs/reference/steer/steering.ipynb #4931274a
 def _as_code(steering: Steering) -> str:
     "The line that makes this steering from a vector `v`."
     settings = ", ".join(f"{name}={code}" for name, code in _settings(steering).items())
@@ -200,34 +188,49 @@ def _as_rows(steering: Steering) -> list[list[str]]:
 
 # %% ../../nbs/reference/steer/steering.ipynb #247c36d5
 def _record(steering: Steering, name: str) -> SteeringRecord:
-    "What a request says."
+    "The record of a steering whose vector is called `name`."
     if steering.layer_config is not None:
         raise ValueError(
             "layer_config belongs to one model and is not written: leave it out, and say it where the steering is applied."
         )
     m = steering.strength
+    multiplier = m if isinstance(m, float) else tuple(m.tolist())
     layers = tuple(sorted(steering.layer_activations))
-    return SteeringRecord(
-        name, layers, steering.operator, m if isinstance(m, float) else tuple(m.tolist()), steering.selection
-    )
+    return SteeringRecord(name, layers, steering.operator, multiplier, steering.selection)
+
+# %% ../../nbs/reference/steer/steering.ipynb #40a9e082
+def _with_layers(vector: Any, record: SteeringRecord) -> Any:
+    "The vector with the layers that a record names; all where it names none."
+    have = vector if isinstance(vector, Mapping) else vector.layer_activations
+    if record.layers is None or set(record.layers) == set(have):
+        return vector
+    chosen = list(record.layers)
+    if missing := [n for n in chosen if n not in have]:
+        raise ValueError(f"The vector {record.vector!r} has no layer {missing[0]}: it has {_spans(have) or 'none'}.")
+    return {n: vector[n] for n in chosen} if isinstance(vector, Mapping) else vector[chosen]
 
 # %% ../../nbs/reference/steer/steering.ipynb #366c2c04
 def _from_record(record: SteeringRecord, vectors: Mapping[str, Any]) -> dict[str, Any]:
-    "The arguments of the steering that a request asks for."
+    "The arguments of the steering that a record asks for."
     if record.vector not in vectors:
         raise ValueError(f"There is no vector {record.vector!r}: there are {', '.join(map(repr, vectors)) or 'none'}.")
-    vector = vectors[record.vector]
-    have = vector if isinstance(vector, Mapping) else vector.layer_activations
-    if missing := [n for n in record.layers or () if n not in have]:
-        raise ValueError(f"The vector {record.vector!r} has no layer {missing[0]}: it has {_spans(have) or 'none'}.")
-    if record.layers is not None and set(record.layers) != set(have):
-        chosen = list(record.layers)
-        vector = {n: vector[n] for n in chosen} if isinstance(vector, Mapping) else vector[chosen]
+    vector = _with_layers(vectors[record.vector], record)
     multiplier = list(record.multiplier) if isinstance(record.multiplier, tuple) else record.multiplier
     return {"vector": vector, "operator": record.operator, "multiplier": multiplier, "tokens": record.tokens}
 
+# %% ../../nbs/reference/steer/steering.ipynb #3b19b91f
+def _hooks_for(
+    model: nn.Module, edits: Mapping[str, LayerEdit], tracker: PassTracker | None
+) -> list[Attachment]:  # in the order of attaching; edits come off before the tracker that they ask
+    "The hooks of the edits, by the names of their modules, what watches that they run, and the tracker."
+    if not edits:
+        return []
+    hooks = {name: HookHandle(model.get_submodule(name), edit, "edits") for name, edit in edits.items()}
+    watch = RunWatch(unwrap(model)[0], hooks, modules_around(model, hooks))
+    return [*([tracker] if tracker is not None else []), watch, *hooks.values()]
+
 # %% ../../nbs/reference/steer/steering.ipynb #1cf5179e
-class SteeringPatchHandle(Attachment):
+class SteeringPatchHandle(AttachmentGroup):
     "Steering that has been checked and can be attached: a context manager, a decorator, or `attach()` and `remove()`."
 
     another = "make another one with apply()"
@@ -239,30 +242,14 @@ class SteeringPatchHandle(Attachment):
         modules: Mapping[int, str],  # layer number to module name
         edits: Mapping[int, LayerEdit],  # layer number to what happens there; empty where the multiplier is 0
         tracker: PassTracker | None = None,  # knows where a pass stands; None if every token is meant
-        prompt: PromptLayout | None = None,  # what `prompt=` said
+        prompt: PromptLayout | None = None,  # what `prompt=` gave
     ):
         self.model, self.steering, self.prompt = model, steering, prompt
         self.modules, self.edits, self.tracker = dict(modules), dict(edits), tracker
-        named = {modules[n]: edit for n, edit in edits.items()}
-        hooks = {name: HookHandle(model.get_submodule(name), edit, "edits") for name, edit in named.items()}
-        self.watch = RunWatch(unwrap(model)[0], hooks, modules_around(model, hooks))
-        self.parts: list[Attachment] = [self.watch, *hooks.values()] if hooks else []
-        if tracker is not None and hooks:
-            self.parts.insert(0, tracker)
-
-    def _attach(self) -> None:
-        for part in self.parts:
-            part.attach()
-
-    def _remove(self) -> None:
-        for part in reversed(self.parts):  # edits first: they ask the tracker
-            part.remove()
-
-    def _check(self) -> None:
-        self.watch._check()
+        self.parts = _hooks_for(model, {modules[n]: edit for n, edit in edits.items()}, tracker)
 
     def __call__(self, function: F) -> F:
-        "Decorate a function: the model is steered while it runs."
+        "Decorate a function: the model is steered while it runs. Raises TypeError for one whose code runs later."
         decorated: F = _decorated(self, function)
         return decorated
 
@@ -297,47 +284,11 @@ def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> Steeri
     by_number = dict(zip(numbers, vectors.values(), strict=True))
     for n, v in by_number.items():
         _check_width(model, n, v)
-    said = None if prompt is None else PromptLayout.of(prompt)
-    _check_reach(selection, said)
-    plain = selection is None and isinstance(m, float)
-    tracker = None if plain else PassTracker(model, said if selection is not None else None)
-    nothing = m == 0 if isinstance(m, float) else not bool(m.any())
-    how = (steering.operator, m, selection, tracker)
-    edits = {} if nothing else {n: LayerEdit(found[n], v, *how) for n, v in by_number.items()}
-    return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, said)
-
-# %% ../../nbs/reference/steer/steering.ipynb #35c834a3
-def _check_width(model: nn.Module, n: int, v: Tensor) -> None:
-    "Refuse a vector that cannot belong to this model. (A few families return several streams, so a multiple may be right.)"
-    if not isinstance(v, Tensor) or v.ndim != 1 or not v.is_floating_point():
-        what = f"shape {tuple(v.shape)} and dtype {v.dtype}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
-        raise ValueError(
-            f"The vector of layer {n} must be one row of floating-point numbers, shape (d,); it is {what}."
-        )
-    numbers = _stored_numbers(v)
-    if numbers is not None and bool(numbers.isnan().any()):
-        raise ValueError(f"The vector of layer {n} holds NaN, which would spread to every token.")
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    width = getattr(config, "hidden_size", None)
-    if isinstance(width, int) and (len(v) % width or not len(v)):
-        raise ValueError(
-            f"The vector of layer {n} has width {len(v)}, but the hidden size of {type(model).__name__} is {width}. Was it trained on another model?"
-        )
-
-# %% ../../nbs/reference/steer/steering.ipynb #6ac146ae
-def _check_reach(selection: Tokens | None, prompt: PromptLayout | None) -> None:
-    "Refuse a selection within the prompt that selects nothing of it."
-    if prompt is None or selection is None:
-        return
-    inside = selection.within_prompt and not selection.needs_ids
-    numbers = isinstance(selection.node, Columns) and isinstance(selection.node.index, tuple)
-    if not (inside or numbers):
-        return
-    mask = select(
-        selection, Layout(0, len(prompt.lengths), prompt.columns, prompt.columns, prompt.lengths, prompt.real)
-    )
-    if numbers:
-        return  # numbers may lie beyond the prompt; those before its beginning have been refused
-    if mask is False or (isinstance(mask, Tensor) and not bool(mask.any())):
-        raise ValueError(f"{selection!r} selects nothing: the rows of prompt= have {prompt.lengths.tolist()} tokens.")
+    layout = None if prompt is None else PromptLayout.of(prompt)
+    _check_reach(selection, layout)
+    everywhere_alike = selection is None and isinstance(m, float)
+    tracker = None if everywhere_alike else PassTracker(model, layout if selection is not None else None)
+    edits: dict[int, LayerEdit] = {}
+    if m != 0 if isinstance(m, float) else bool(m.any()):
+        edits = {n: LayerEdit(found[n], v, steering.operator, m, selection, tracker) for n, v in by_number.items()}
+    return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, layout)

@@ -1,7 +1,14 @@
-"""Name the tokens to steer.
+"""How are the tokens named that are to be steered, or read?
 
-`Tokens` is such an expression, and nothing more. It is a value: two equal ones are equal, and what
-it prints is Python that makes it again. (Only a mask of more than 32 values is abbreviated.)
+`Tokens` is an expression that names tokens: `Tokens.prompt[-4:]` is the last four tokens of each
+row's prompt, `Tokens.response` everything that decides the answer, and `|`, `&` and `-` join such
+expressions. It is a value: two equal ones are equal, and what it prints is Python that makes it
+again. (Only a mask of more than 32 values is abbreviated.) What it is made of is the subject of
+selections.
+
+`as_selection` turns every way to name tokens, the columns and masks of the 0.12 library included,
+into such an expression. It and the class refuse what cannot mean anything at the moment it is
+written.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/tokens.html
 """
@@ -19,15 +26,15 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from .selections import Columns, Leaf, Node, Sign, _Ids, _Joined, _Part, _Selection, _bounds
-from .selections import _is_bool, _is_index, _leaves, _whole_index
+from ..numbers import is_bool, whole_number
+from .selections import Columns, Need, Node, Sign, _Ids, _Joined, _Part, _bounds, _leaves
 
 # %% auto #0
 __all__ = ['Tokens', 'as_selection']
 
 # %% ../../nbs/reference/steer/tokens.ipynb #5d0c7a15
 @dataclass(frozen=True)
-class Tokens(_Selection):
+class Tokens:
     "An expression that names tokens: `Tokens.prompt[-4:] | (Tokens.generated[:8] - [13])`."
 
     node: Node
@@ -81,10 +88,34 @@ class Tokens(_Selection):
             "Tokens.prompt[-4:]; steered_tokens() shows which tokens of a text are meant."
         )
 
+    def _has_need(self, need: Need) -> bool:
+        return any(need in leaf.needs for leaf in _leaves(self.node))
+
     @property
-    def _leaves(self) -> tuple[Leaf, ...]:
-        "The parts, columns and ids in it, from left to right."
-        return tuple(_leaves(self.node))
+    def needs_prompt(self) -> bool:
+        "Whether the end of the prompt must be known."
+        return self._has_need("prompt")
+
+    @property
+    def needs_padding(self) -> bool:
+        "Whether it must be known which columns are padding."
+        return self._has_need("padding")
+
+    @property
+    def needs_ids(self) -> bool:
+        "Whether the token ids of the pass must be known."
+        return self._has_need("ids")
+
+    @property
+    def counts_tokens(self) -> bool:
+        "Whether tokens of a row are counted to know which are meant, so that a pad must not be taken for one."
+        return any(isinstance(leaf, _Part) and leaf.counts for leaf in _leaves(self.node))
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        "The 0/1 masks in it."
+        columns = [leaf.index for leaf in _leaves(self.node) if isinstance(leaf, Columns)]
+        return tuple(index for index in columns if isinstance(index, Tensor))
 
     @property
     def within_prompt(self) -> bool:
@@ -116,15 +147,25 @@ def _within_prompt(node: Node) -> bool:
     inside = [_within_prompt(inner) for inner in node.nodes]
     return inside[0] if node.sign == "-" else all(inside) if node.sign == "|" else any(inside)
 
+# %% ../../nbs/reference/steer/tokens.ipynb #384cf895
+def _as_list(index: Any) -> Any:
+    "What stands in the brackets of `Tokens.columns`: one number or several as a list, anything else as it is."
+    if isinstance(index, tuple):
+        return list(index)
+    try:
+        return [whole_number(index)]
+    except TypeError:
+        return index
+
 # %% ../../nbs/reference/steer/tokens.ipynb #31d48723
 def _narrowed(node: Node, index: Any) -> Node:
-    "A part or the columns, narrowed by `index`, or an error that tells why they cannot be."
+    "A part or the columns, narrowed by `index`, or an error that explains why they cannot be."
     if node == Columns(slice(None)):
-        return _columns([index] if _is_index(index) else list(index) if isinstance(index, tuple) else index)
+        return _columns(_as_list(index))
     if not isinstance(node, _Part) or node.index is not None:
         raise ValueError(f"Only one part can be narrowed, and once: Tokens.prompt[-4:], not ({node!r})[...].")
     try:
-        bounds = _bounds(index) if isinstance(index, slice) else _whole_index(index)
+        bounds = _bounds(index) if isinstance(index, slice) else whole_number(index)
     except TypeError:
         raise TypeError(f"Index {node!r} with a number or a slice, not {index!r}.") from None
     narrowed = replace(node, index=bounds)
@@ -144,7 +185,7 @@ def _operand(operand: Any) -> Node:
 # %% ../../nbs/reference/steer/tokens.ipynb #ed59cb8b
 def _left_out(operand: Any) -> Node:
     "The expression of what stands to the right of `-`, where numbers are token ids."
-    columns = isinstance(operand, slice) or (hasattr(operand, "shape") and _is_bool(operand))
+    columns = isinstance(operand, slice) or (hasattr(operand, "shape") and is_bool(operand))
     return _operand(operand) if columns or isinstance(operand, Tokens) else _Ids(_token_ids(operand))
 
 # %% ../../nbs/reference/steer/tokens.ipynb #6aa351f5
@@ -154,7 +195,7 @@ def _token_ids(operand: Any) -> tuple[int, ...]:
         flat = operand.reshape(-1).tolist() if hasattr(operand, "reshape") else operand
         if isinstance(flat, (str, bytes, Mapping)):
             raise TypeError("It has members, but they are no ids.")
-        ids = [_whole_index(i) for i in (flat if isinstance(flat, Iterable) else [flat])]
+        ids = [whole_number(i) for i in (flat if isinstance(flat, Iterable) else [flat])]
     except (TypeError, NotImplementedError):  # tensors on the meta device hold no numbers
         raise TypeError(
             f"What is left out after - must be Tokens, columns (a slice, a tensor of bools, Tokens.columns[...]), or token ids "
@@ -176,14 +217,14 @@ def as_selection(
     token_indices: Iterable[int] | slice | Tensor | None = None,  # columns, or a 0/1 mask of shape (s,) or (b, s)
     tokens: Tokens | Iterable[int] | slice | Tensor | None = None,  # an expression, or what `token_indices` takes
 ) -> Tokens | None:  # None: every token
-    "The one selection that these arguments name."
+    "The one selection that these arguments name. Raises ValueError or TypeError where they name none, or two."
     given = {"min_token_index": min_token_index, "token_indices": token_indices, "tokens": tokens}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} both say which tokens to steer. Pass one of them.")
     if min_token_index is not None:
         try:
-            first = _whole_index(min_token_index)
+            first = whole_number(min_token_index)
         except TypeError:
             raise TypeError(f"min_token_index must be a number of a column, not {min_token_index!r}.") from None
         return None if first == 0 else Tokens(Columns(slice(first, None)))
@@ -198,7 +239,7 @@ def _columns(chosen: Any) -> Columns:
             raise TypeError("It has members, but they are no numbers.")
         if isinstance(chosen, slice):
             return Columns(slice(*_bounds(chosen)))
-        return Columns(_mask(chosen) if _is_mask(chosen) else tuple(_whole_index(i) for i in chosen))
+        return Columns(_mask(chosen) if _is_mask(chosen) else tuple(whole_number(i) for i in chosen))
     except TypeError:
         raise TypeError(
             f"{chosen!r} names no tokens. Pass a Tokens expression, a list of column numbers, a slice, or a 0/1 mask."
@@ -211,6 +252,13 @@ def _is_mask(chosen: Any) -> bool:
         return bool(len(chosen.shape))
     inner = chosen if isinstance(chosen, (list, tuple)) else ()
     return len(inner) > 0 and all(isinstance(i, (bool, list, tuple)) for i in inner)
+
+# %% ../../nbs/reference/steer/tokens.ipynb #7c6d435c
+def _looks_like_numbers(mask: Tensor) -> bool:
+    "Whether a 0/1 tensor holds each value at most once, as column numbers do and longer masks do not."
+    if mask.ndim != 1 or mask.is_floating_point() or is_bool(mask):
+        return False
+    return len(mask.unique()) == len(mask)
 
 # %% ../../nbs/reference/steer/tokens.ipynb #8ca3cb6b
 def _mask(chosen: Any) -> Tensor:
@@ -228,8 +276,7 @@ def _mask(chosen: Any) -> Tensor:
             f"A tensor of tokens is a mask and holds only 0 and 1; this one holds {mask.unique().tolist()[:5]}. "
             "For column numbers pass a list."
         )
-    numbers = mask.ndim == 1 and not mask.is_floating_point() and not _is_bool(mask) and len(mask.unique()) == len(mask)
-    if numbers:
+    if _looks_like_numbers(mask):
         warnings.warn(
             f"A tensor is a mask: {mask.tolist()} steers the columns {mask.nonzero()[:, 0].tolist()}. For column numbers pass the "
             f"list {mask.tolist()}; where a mask is meant, pass a tensor of bools.",

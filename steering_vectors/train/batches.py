@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..model.blocks import unwrap
+from ..model.families import family_of
 from ..model.hooks import by_token, read_output
 from ..steer.caches import cache_length, cache_parameter, columns_in_front, find_cache, prompt_adapter
 from ..steer.caches import returned
@@ -168,7 +169,7 @@ class PassReader:
         now = self._now
         assert now is not None
         b, s = now.inputs["input_ids"].shape
-        if h.ndim == 3 and "XLNet" in type(self.model).__name__:
+        if h.ndim == 3 and family_of(getattr(self.model, "config", None)).tokens_first:
             h = h.transpose(0, 1)  # tokens come first, which a batch of as many rows as tokens would not show
         by_row, _ = by_token(h, b, self.front + s)
         own = by_row.view(b, self.front + s, -1, h.shape[-1])[:, self.front :]

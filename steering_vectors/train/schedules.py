@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import _dtype, input_device, text_config
+from ..model.blocks import input_device, model_dtype, text_config
 from .batches import Batch, PassReader, continued_batch, packed_batch, padded_batch
 from .distributed import logger
 from .kernels import mask_kinds
@@ -87,7 +87,7 @@ def plan_batches(
         return {n: texts[n] for n in chosen}
 
     if way.kind == "packed":
-        kinds, dtype = mask_kinds(text_config(model)), _dtype(model)
+        kinds, dtype = mask_kinds(text_config(model)), model_dtype(model)
         rows = pack(sequences, budget, most)
         for row in rows:
             row.paths = {numbers[i]: path for i, path in row.paths.items()}

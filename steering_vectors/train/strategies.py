@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import _dtype, input_device, text_config, unwrap
+from ..model.blocks import input_device, model_dtype, text_config, unwrap
 from ..model.families import LAYER_KINDS
 from .batches import PassReader, continued_batch, inner_model
 from .distributed import logger
@@ -137,7 +137,7 @@ def choose_strategy(
             f"{type(unwrap(model)[0]).__name__} cannot read a text that is given as token ids alone ({error}). If it needs "
             "other inputs as well, pass the part of it that reads text."
         ) from error
-    floor, ceiling = _LIMITS.get(_dtype(model), _LIMITS[torch.bfloat16])
+    floor, ceiling = _LIMITS.get(model_dtype(model), _LIMITS[torch.bfloat16])
     allowed = None
     for way in candidate_strategies(text_config(model)):
         shortcut = find_shortcut(modules[max(modules)]) if way.shortcut and is_block else None
@@ -206,4 +206,4 @@ def _conditions(model: nn.Module) -> tuple[Any, ...]:
     "What a verdict depends on, the texts aside."
     hooks = tuple(key for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for key in hooks)
     kernel = getattr(text_config(model), "_attn_implementation", None)
-    return kernel, _dtype(model), input_device(model), torch.is_autocast_enabled(), hooks
+    return kernel, model_dtype(model), input_device(model), torch.is_autocast_enabled(), hooks

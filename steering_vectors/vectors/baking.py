@@ -21,8 +21,7 @@ __all__ = ['add_to_bias', 'project_out', 'probe', 'last_maps', 'refuse_unbakeabl
            'check_bakeable', 'bake']
 
 # %% ../../nbs/reference/vectors/baking.ipynb #88212334
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.layers import resolve_layer_numbers, resolve_layers
+from ..modes import undisturbed
 from ..steer.operators import ablation_operator, addition_operator
 from ..steer.steering import Directions, Steering, as_steering
 from .checkpoints import blueprint, plain_copy, refuse_quantised
@@ -65,21 +65,6 @@ def project_out(
             rest = part.double() - fraction * torch.tensordot(v, v @ part.double(), dims=0)
             part.copy_(rest.to(part.dtype))
 
-# %% ../../nbs/reference/vectors/baking.ipynb #87b0bf16
-@contextmanager
-def _evaluating(
-    model: nn.Module,  # in any mode
-) -> Iterator[None]:
-    "Evaluation mode and no gradients; afterwards every module is in the mode it was in."
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
-
 # %% ../../nbs/reference/vectors/baking.ipynb #ec54c02a
 def probe(
     model: "PreTrainedModel",  # to run
@@ -88,7 +73,7 @@ def probe(
     vocabulary = model.config.get_text_config().vocab_size
     seeded = torch.Generator("cpu").manual_seed(0)
     ids = torch.randint(vocabulary, (2, 12), generator=seeded, device="cpu")
-    with _evaluating(model):
+    with undisturbed(model):
         out = model(input_ids=ids.to(model.device))
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
