@@ -17,8 +17,9 @@ from safetensors.torch import save_file as save_safetensors
 
 from steering_vectors import SteeringVector, record_activations
 from steering_vectors.demo import tiny_model
-from steering_vectors.vectors.foreign import number_rows, read_vector_file
+from steering_vectors.vectors.foreign import read_vector_file
 from steering_vectors.vectors.hints import hint_from_name
+from steering_vectors.vectors.numbering import number_rows
 from steering_vectors.vectors.provenance import Provenance
 
 D, L = 8, 4
