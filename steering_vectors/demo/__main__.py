@@ -92,14 +92,15 @@ def main(
     found = resolve_layers(model, "decoder_block")
     layers = resolve_layer_numbers(asked.layers or [len(found) * 3 // 5], found, "decoder_block")
     pairs: Any = joy_chats() if has_template(tokenizer) else joy_pairs(tokenizer)
-    vector = train_steering_vector(model, tokenizer, pairs, show_progress=True)
+    trained = train_steering_vector(model, tokenizer, pairs, show_progress=True)
     drawn: dict[str, Any] = {} if asked.seed is None else {"temperature": 1.0, "seed": asked.seed}
-    how = (asked.prompt, asked.multipliers, "all", asked.max_new_tokens)
-    answers = [text.strip() for text in sweep(model, tokenizer, vector[layers], *how, **drawn).values()]
+    vector = trained[layers]
+    texts = sweep(model, tokenizer, vector, asked.prompt, asked.multipliers, "all", asked.max_new_tokens, **drawn)
+    answers = [text.strip() for text in texts.values()]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     about = f"joyful - miserable, {len(pairs)} pairs: length of the vector and median length of the activations"
     print(f"\n{model.config._name_or_path}\n{about}\n")
-    print(_norm_table(vector, columns=3 if width >= 92 else 2), end="\n\n")
+    print(_norm_table(trained, columns=3 if width >= 92 else 2), end="\n\n")
     where = ", ".join(map(str, layers))
     print(f"{asked.prompt!r} answered with the vector added at layer {where}, times\n")
     print(_side_by_side(asked.multipliers, answers, width))

@@ -17,10 +17,7 @@ from .files import VectorData
 from .provenance import Provenance
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #22abf629
-def check_compatible(
-    a: VectorData,
-    b: VectorData,
-) -> None:
+def check_compatible(a: VectorData, b: VectorData) -> None:
     """Refuse two vectors that cannot be added or compared.
     Raises ValueError: another layer type, another width, or layers that are counted in two ways."""
     if a.layer_type != b.layer_type:
@@ -37,10 +34,7 @@ def check_compatible(
         )
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #7366240b
-def common_provenance(
-    a: Provenance,
-    b: Provenance,
-) -> Provenance:
+def common_provenance(a: Provenance, b: Provenance) -> Provenance:
     "What holds of both."
     same = {k: x for k, x in vars(a).items() if x == getattr(b, k) and k not in ("suggested_multiplier", "later")}
     if a.model_id == b.model_id and (a.activation_norms or b.activation_norms):
@@ -48,11 +42,7 @@ def common_provenance(
     return Provenance(**same | {"origin": "sum of vectors"})
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #8926dc4e
-def added(
-    a: VectorData,
-    b: VectorData,  # of the same layer type and width
-    sign: int = 1,  # -1: the difference
-) -> VectorData:
+def added(a: VectorData, b: VectorData, sign: int = 1) -> VectorData:  # sign -1: the difference
     "`a + sign * b`, over the layers of both. Raises ValueError as `check_compatible` does."
     check_compatible(a, b)
     total = dict(a.layer_activations)
@@ -61,9 +51,7 @@ def added(
     return VectorData(dict(sorted(total.items())), a.layer_type, common_provenance(a.provenance, b.provenance))
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #e66a683a
-def _is_number(
-    x: object,
-) -> bool:
+def _is_number(x: object) -> bool:
     "A real number of Python, numpy or torch, and not a vector of them; a truth value is none."
     kind = str(getattr(x, "dtype", "")).removeprefix("torch.")
     if isinstance(x, (str, bool)) or kind.startswith(("bool", "complex")):
@@ -93,9 +81,7 @@ def scaled_by(
     return vector._replace(layer_activations=scaled, provenance=provenance)
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #a434d3a8
-def _unit(
-    v: Tensor,  # (d,)
-) -> Tensor:  # (d,), float64
+def _unit(v: Tensor) -> Tensor:  # (d,), float64
     "The direction of `v` with length 1; zero where `v` is zero."
     v = v.detach().double()
     v = v / v.abs().max().clamp_min(torch.finfo(v.dtype).tiny)  # first to a size whose squares are numbers
@@ -103,10 +89,7 @@ def _unit(
     return unit
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #207d9f2d
-def cosines(
-    a: VectorData,
-    b: VectorData,  # of the same layer type and width
-) -> dict[int, float]:  # by layer, from -1 to 1
+def cosines(a: VectorData, b: VectorData) -> dict[int, float]:  # by layer, from -1 to 1
     "The cosine of the angle between two vectors. Raises ValueError where they have no layer in common."
     check_compatible(a, b)
     both = [n for n in a.layer_activations if n in b.layer_activations]
@@ -116,9 +99,7 @@ def cosines(
     return {n: float(_unit(a.layer_activations[n]).cpu() @ _unit(b.layer_activations[n]).cpu()) for n in both}
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #be0ec039
-def normalized(
-    vector: VectorData,
-) -> VectorData:  # in the dtypes it had
+def normalized(vector: VectorData) -> VectorData:  # in the dtypes it had
     "Length 1 at every layer. Raises ValueError where a direction is zero."
     if zero := [n for n, v in vector.layer_activations.items() if not v.any()]:
         raise ValueError(f"The direction of layer {zero[0]} is zero: it has no length to bring to 1.")

@@ -250,6 +250,6 @@ def bake(
     refuse_unbakeable(model, how.layer_type, last, len(next(iter(vectors.values()))), ablating=fraction is not None)
     biased = list(last.values()) if fraction is None else []
     copy = plain_copy(model, *blueprint(model, biased, as_llama))
-    change_weights(copy, last, vectors, how.strength, fraction)
+    change_weights(copy, last, vectors, float(how.strength), fraction)
     check_equal(copy, model, how)
     return copy

@@ -45,9 +45,7 @@ class Switch(NamedTuple):
     value: bool  # that turns it on
 
 # %% ../../nbs/reference/vectors/checkpoints.ipynb #697169fa
-def bias_switches(
-    config: "PreTrainedConfig",  # of the whole model
-) -> list[Switch]:
+def bias_switches(config: "PreTrainedConfig") -> list[Switch]:
     "The switches for biases that are off, in a config and in the text model's part of it."
     text = config.get_text_config()
     parts = {"": config} | {name: part for name, part in vars(config).items() if part is text and part is not config}
@@ -60,9 +58,7 @@ def bias_switches(
     return switches
 
 # %% ../../nbs/reference/vectors/checkpoints.ipynb #49bcbc08
-def is_valid(
-    config: "PreTrainedConfig",  # some of whose values were changed
-) -> bool:  # whether it could be saved
+def is_valid(config: "PreTrainedConfig") -> bool:  # whether it could be saved
     "Whether the family's own rules allow this config."
     try:
         getattr(config, "validate", lambda: None)()
@@ -86,9 +82,7 @@ def with_biases(
     return None
 
 # %% ../../nbs/reference/vectors/checkpoints.ipynb #c17cfe34
-def plain_config(
-    config: "PreTrainedConfig",  # of a model that may have been quantised
-) -> "PreTrainedConfig":  # a copy
+def plain_config(config: "PreTrainedConfig") -> "PreTrainedConfig":  # a copy
     "The config of the same model with ordinary weights."
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
@@ -174,9 +168,7 @@ def llama_config(
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # %% ../../nbs/reference/vectors/checkpoints.ipynb #4bb752e2
-def why_not_plain(
-    value: Any,  # of a state dict
-) -> str | None:  # None: a tensor of floating-point numbers and nothing else
+def why_not_plain(value: Any) -> str | None:  # None: a tensor of floating-point numbers and nothing else
     "What a weight is that nothing can be added to."
     if type(value) not in (Tensor, nn.Parameter):
         return f"a {type(value).__name__}"
@@ -187,9 +179,7 @@ def why_not_plain(
     return None if value.dtype in PLAIN else str(value.dtype)
 
 # %% ../../nbs/reference/vectors/checkpoints.ipynb #fdd3940a
-def refuse_quantised(
-    model: "PreTrainedModel",  # to be baked
-) -> None:
+def refuse_quantised(model: "PreTrainedModel") -> None:
     "Refuse a model with weights that are quantised, packed, sharded or elsewhere. Raises ValueError."
     state = model.state_dict(keep_vars=True)
     found = {name: what for name, value in state.items() if (what := why_not_plain(value))}

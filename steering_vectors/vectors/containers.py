@@ -23,9 +23,7 @@ from torch import Tensor
 from .headers import read_json
 
 # %% ../../nbs/reference/vectors/containers.ipynb #9cf7c0c5
-def open_torch(
-    path: str | os.PathLike[str],  # what `torch.save` wrote
-) -> Any:  # tensors and plain values
+def open_torch(path: str | os.PathLike[str]) -> Any:  # tensors and plain values
     """The tensors of a PyTorch file.
     Raises ValueError: other objects are pickled in it, or it is damaged."""
     try:
@@ -42,9 +40,7 @@ def open_torch(
         raise ValueError("it is damaged, or no file of tensors that `torch.save` wrote.") from None
 
 # %% ../../nbs/reference/vectors/containers.ipynb #5449b0c7
-def open_numpy(
-    path: str | os.PathLike[str],  # .npy or .npz
-) -> Any:  # an array, or arrays by name
+def open_numpy(path: str | os.PathLike[str]) -> Any:  # an array, or arrays by name
     """The arrays of a numpy file.
     Raises ValueError: Python objects are pickled in it, or it is damaged."""
     try:
@@ -57,9 +53,7 @@ def open_numpy(
         raise ValueError("it is damaged, or no numpy file.") from None
 
 # %% ../../nbs/reference/vectors/containers.ipynb #b3278dc7
-def open_json(
-    path: str | os.PathLike[str],  # JSON
-) -> Any:
+def open_json(path: str | os.PathLike[str]) -> Any:
     "The value of a JSON file. Raises ValueError where it is not JSON, or several JSON texts."
     try:
         return read_json(Path(path).read_bytes())
@@ -71,9 +65,7 @@ def open_json(
         raise ValueError(f"its JSON cannot be read: {e}.") from None
 
 # %% ../../nbs/reference/vectors/containers.ipynb #4feabde7
-def tensor_of_list(
-    value: list[Any],  # perhaps of numbers, or of rows of numbers
-) -> Tensor | None:  # float32; None: it is none
+def tensor_of_list(value: list[Any]) -> Tensor | None:  # float32; None: it is none
     "A list of floating-point numbers as a tensor."
     if not value or isinstance(value[0], (bool, str, dict)):
         return None
@@ -127,9 +119,7 @@ def flattened(
     return flat
 
 # %% ../../nbs/reference/vectors/containers.ipynb #b88bfa7f
-def as_json(
-    value: Any,  # from a file
-) -> Any:  # None: too long, or not of JSON
+def as_json(value: Any) -> Any:  # None: too long, or not of JSON
     "A short value as JSON has it."
     try:
         value = value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value

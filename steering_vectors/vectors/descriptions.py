@@ -14,9 +14,7 @@ from .files import VectorData
 from .provenance import Provenance
 
 # %% ../../nbs/reference/vectors/descriptions.ipynb #c3ee1f3b
-def direction_norms(
-    vector: VectorData,
-) -> dict[int, float]:  # by layer; NaN where there are no numbers
+def direction_norms(vector: VectorData) -> dict[int, float]:  # by layer; NaN where there are no numbers
     "The norm of each direction."
     norms = {n: v.detach().double().norm() for n, v in vector.layer_activations.items()}
     return {n: math.nan if norm.is_meta else float(norm) for n, norm in norms.items()}
@@ -29,9 +27,7 @@ def number_span(
     return f"{numbers[0]:.3g}" if len(numbers) == 1 else f"{min(numbers):.3g} to {max(numbers):.3g}"
 
 # %% ../../nbs/reference/vectors/descriptions.ipynb #81f7e769
-def description(
-    vector: VectorData,
-) -> str:
+def description(vector: VectorData) -> str:
     "One line: which layers, how wide, how long, what kind."
     directions = vector.layer_activations
     if not directions:
@@ -58,9 +54,7 @@ def table_row(
     return f"| {layer} | {norm:.4g} | {rest} |"
 
 # %% ../../nbs/reference/vectors/descriptions.ipynb #1b23d068
-def known_facts(
-    provenance: Provenance,
-) -> list[str]:
+def known_facts(provenance: Provenance) -> list[str]:
     "What is known of a vector's making, in a few words each."
     counts = {
         "pair": provenance.num_pairs,
@@ -78,9 +72,7 @@ def known_facts(
     return [fact for fact in facts if fact]
 
 # %% ../../nbs/reference/vectors/descriptions.ipynb #90d79938
-def markdown_table(
-    vector: VectorData,
-) -> str:  # Markdown
+def markdown_table(vector: VectorData) -> str:  # Markdown
     "A vector for people: one row per layer, and what is known of its making."
     norms, usual = direction_norms(vector), vector.provenance.activation_norms or {}
     rows = [table_row(n, norm, usual.get(n)) for n, norm in sorted(norms.items())]

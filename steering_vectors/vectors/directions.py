@@ -27,9 +27,7 @@ def checked_direction(
             raise TypeError
         v = direction if isinstance(direction, Tensor) else torch.as_tensor(direction, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"The direction of layer {layer} must be a tensor, not a {type(direction).__name__}."
-        ) from None
+        raise TypeError(f"The direction of layer {layer} must be a tensor, not a {type(direction).__name__}.") from None
     if not v.is_floating_point() or v.numel() == 0 or v.shape[-1] != v.numel():
         raise ValueError(
             f"The direction of layer {layer} must be one row of floating-point numbers, shape (d,); it has shape {tuple(v.shape)} and dtype {v.dtype}."
@@ -37,9 +35,7 @@ def checked_direction(
     return v.reshape(-1) if v.ndim != 1 else v
 
 # %% ../../nbs/reference/vectors/directions.ipynb #bcde0f2a
-def checked_directions(
-    activations: Any,  # a mapping from layer numbers to directions
-) -> dict[int, Tensor]:  # each (d,)
+def checked_directions(activations: Any) -> dict[int, Tensor]:  # each (d,)
     """Directions by layer.
     Raises TypeError: it is no mapping, or a key is no whole number. Raises ValueError: as `checked_direction`."""
     if not isinstance(activations, Mapping):
@@ -56,17 +52,12 @@ def checked_directions(
     return out
 
 # %% ../../nbs/reference/vectors/directions.ipynb #8a04bb46
-def same_tensor(
-    a: Tensor,
-    b: Tensor,
-) -> bool:
+def same_tensor(a: Tensor, b: Tensor) -> bool:
     "Whether two tensors hold the same numbers in the same dtype, wherever they are."
     return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a.detach().cpu(), b.detach().cpu()))
 
 # %% ../../nbs/reference/vectors/directions.ipynb #8f7180f5
-def index_numbers(
-    index: Any,  # one number of a layer, or several
-) -> list[int]:
+def index_numbers(index: Any) -> list[int]:
     "The numbers in an index. Raises TypeError where they are no whole numbers."
     try:
         return [whole_number(n) for n in listed(index)]
@@ -123,9 +114,7 @@ def has_layer(
         return False
 
 # %% ../../nbs/reference/vectors/directions.ipynb #a40d629f
-def only_direction(
-    layer_activations: Mapping[int, Tensor],  # by layer
-) -> Tensor:  # (d,)
+def only_direction(layer_activations: Mapping[int, Tensor]) -> Tensor:  # (d,)
     "The direction of a vector that has one layer. Raises ValueError where it has more or none."
     if len(layer_activations) != 1:
         raise ValueError(

@@ -94,10 +94,8 @@ def read_tensors(
         raise ValueError(f"{what_it_is(path)}.") from None
 
 # %% ../../nbs/reference/vectors/files.ipynb #f775182b
-def load_file(
-    path: str | os.PathLike[str],  # a file that `save_file` wrote
-) -> VectorData:  # on the CPU
-    """Read a vector from `path`, checked.
+def load_file(path: str | os.PathLike[str]) -> VectorData:  # on the CPU
+    """Read a vector that `save_file` wrote, checked.
     Raises ValueError: it is not a vector's file, of a later format, or was changed."""
     if os.path.isdir(path):
         raise ValueError(f"{os.fspath(path)} is a folder: read it with `SteeringVector.from_pretrained`.")

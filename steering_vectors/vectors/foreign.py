@@ -29,9 +29,7 @@ from .numbering import as_blocks, last_entry, named_tensors, number_tensors, som
 from .provenance import Provenance
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #786c50a6
-def harness_steps(
-    value: Any,  # from a file
-) -> dict[str, dict[str, Any]] | None:  # by module; None: it is no such file
+def harness_steps(value: Any) -> dict[str, dict[str, Any]] | None:  # by module; None: it is no such file
     """The steps of a file for the evaluation harness, if that is what it is.
     Raises ValueError: it has two steps at one module."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, Mapping) and "hookpoint" in v for v in value):
@@ -141,8 +139,9 @@ def convention_and_part(
     doubts = distinct(hint.doubt for hint in hints)
     if layer_type is None and doubts:
         raise ValueError(f"{doubts[0]}. Pass layer_type= for the part of the block whose output it is.")
-    part = agreed("layer_type", layer_type, only_value(hint.layer_type for hint in hints)) or "decoder_block"
-    if check_layer_type(part) != "decoder_block" and counts in ("block_input", "hidden_states"):
+    known_part = only_value(hint.layer_type for hint in hints)
+    part = check_layer_type(agreed("layer_type", layer_type, known_part) or "decoder_block")
+    if part != "decoder_block" and counts in ("block_input", "hidden_states"):
         raise ValueError(f"convention={counts!r} is about whole blocks, and these directions belong to `{part}`.")
     return counts, part
 
@@ -203,9 +202,7 @@ def read_known(
     return vector._replace(layer_activations=some_layers(vector.layer_activations, layers))
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #71c54d67
-def as_layer_numbers(
-    layers: Any,  # one number or several, of Python, numpy or torch
-) -> list[int]:
+def as_layer_numbers(layers: Any) -> list[int]:
     "Numbers of layers as a list. Raises TypeError where they are not whole numbers, each once."
     try:
         numbers = [whole_number(n) for n in listed(layers)]

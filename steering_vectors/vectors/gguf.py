@@ -82,9 +82,7 @@ def write_gguf(
     write_atomically(path, gguf_bytes(texts, {f"direction.{n}": v for n, v in vs.items()}))
 
 # %% ../../nbs/reference/vectors/gguf.ipynb #33e388e1
-def written_by(
-    keys: Mapping[str, tuple[str, Any]],  # GGUF type and value, by key
-) -> str:  # a program's name
+def written_by(keys: Mapping[str, tuple[str, Any]]) -> str:  # a program's name
     "Which program wrote a control vector. Raises ValueError where it is no control vector."
     kind = keys.get("general.architecture", ("", None))[1]
     if kind == "steeringvector":
@@ -134,9 +132,7 @@ def open_gguf(
 TAKEN = ("general.architecture", "controlvector.model_hint", "steeringvector.model_hint", "model.id", "n_total_layers")
 
 # %% ../../nbs/reference/vectors/gguf.ipynb #d730e3a0
-def other_keys(
-    keys: Mapping[str, tuple[str, Any]],  # GGUF type and value, by key
-) -> dict[str, Any]:  # as JSON has them, under their own names
+def other_keys(keys: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:  # as JSON has them, under their own names
     "What a control vector holds beside all that has a field in the provenance."
     out = {}
     for key, (_, value) in keys.items():
@@ -187,9 +183,7 @@ def read_own_header(
 DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,8})")
 
 # %% ../../nbs/reference/vectors/gguf.ipynb #8b727bf8
-def numbered_directions(
-    tensors: Mapping[str, Tensor],  # by name
-) -> dict[int, Tensor]:  # as the file counts
+def numbered_directions(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:  # as the file counts
     "The tensors of a control vector by layer. Raises ValueError where one has another name."
     if strange := [name for name in tensors if not DIRECTION.fullmatch(name)]:
         raise ValueError(f"it has a tensor {strange[0]!r}, where `direction.1`, `direction.2` and so on are expected.")

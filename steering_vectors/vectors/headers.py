@@ -127,9 +127,7 @@ def finite_float(
     return x
 
 # %% ../../nbs/reference/vectors/headers.ipynb #8a0a233b
-def read_json(
-    text: str | bytes,  # from a file
-) -> Any:
+def read_json(text: str | bytes) -> Any:
     "The value of a JSON text, read strictly. Raises ValueError where it is not JSON."
     return json.loads(text, object_pairs_hook=unique_keys, parse_constant=not_json, parse_float=finite_float)
 
@@ -156,6 +154,8 @@ def parse_header(
 
 # %% ../../nbs/reference/vectors/headers.ipynb #f357076a
 LAYER_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+
+# %% ../../nbs/reference/vectors/headers.ipynb #48e1ca15
 TENSOR_NAME = re.compile(r"layer\.(0|[1-9][0-9]{0,8})")
 
 # %% ../../nbs/reference/vectors/headers.ipynb #9b33bfb6
@@ -190,9 +190,7 @@ def read_header(
         raise ValueError(str(e)) from e
 
 # %% ../../nbs/reference/vectors/headers.ipynb #989f8959
-def layer_numbers(
-    tensors: Mapping[str, Tensor],  # by name
-) -> dict[int, Tensor]:  # by layer
+def layer_numbers(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:  # by layer
     """Tensors under the numbers in their names.
     Raises ValueError: a tensor has another name."""
     if strange := [name for name in tensors if not TENSOR_NAME.fullmatch(name)]:

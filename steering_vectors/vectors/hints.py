@@ -44,9 +44,7 @@ def separate_numbers(
 SEVERAL_VECTORS = re.compile(r"[._ ]*(?:to|through|-|–|:)[._ ]*\d", re.IGNORECASE)
 
 # %% ../../nbs/reference/vectors/hints.ipynb #cfcf2b61
-def layer_in_name(
-    name: str,  # of a tensor, a module or a hook
-) -> tuple[int | None, str]:  # its one number, and the name after it; None: none, or several
+def layer_in_name(name: str) -> tuple[int | None, str]:  # its one number, and the name after it; None: none, or several
     "The layer that a name names."
     spelled = [(int(m[1]), m.end()) for m in SPELLED.finditer(name)]
     for found in (spelled, separate_numbers(name)):
@@ -57,9 +55,7 @@ def layer_in_name(
     return None, ""
 
 # %% ../../nbs/reference/vectors/hints.ipynb #3aebd8b0
-def hook_convention(
-    name: str,  # of a tensor, a module or a hook
-) -> Convention | None:  # None: it tells nothing
+def hook_convention(name: str) -> Convention | None:  # None: it tells nothing
     """The convention in the name of a hook of TransformerLens.
     Raises ValueError: the hook is inside a block, and is the output of none of its parts."""
     an_output = re.search("resid_pre|resid_post|hook_mlp_out|hook_attn_out", name)
@@ -91,9 +87,7 @@ INSIDE = re.compile(
 )
 
 # %% ../../nbs/reference/vectors/hints.ipynb #fcad7f4d
-def hint_from_name(
-    name: str,  # of a tensor, a module or a hook
-) -> Hint:
+def hint_from_name(name: str) -> Hint:
     """What a name tells about a direction.
     Raises ValueError: as `hook_convention` does."""
     layer, rest = layer_in_name(name)
@@ -110,7 +104,11 @@ def hint_from_name(
 
 # %% ../../nbs/reference/vectors/hints.ipynb #18f8386c
 LAYER_FIELDS = ("layer", "layer_idx", "layer_index", "layer_num", "layer_number", "layernumber", "layer_id", "source")
+
+# %% ../../nbs/reference/vectors/hints.ipynb #d916aab5
 HOOK_FIELDS = ("hook_name", "hookname", "hook_point", "hook_site", "hook_type", "hooktype", "hook")
+
+# %% ../../nbs/reference/vectors/hints.ipynb #83f3a5b5
 MODEL_FIELDS = ("model_id", "modelid", "model", "model_name", "base_model")
 
 # %% ../../nbs/reference/vectors/hints.ipynb #7f11541b
@@ -129,16 +127,12 @@ def hint_from_layer_field(
     return hint
 
 # %% ../../nbs/reference/vectors/hints.ipynb #1e4d60e9
-def distinct(
-    values: Iterable[Any],  # some of them None
-) -> list[Any]:  # each once, in their order, without None
+def distinct(values: Iterable[Any]) -> list[Any]:  # each once, in their order, without None
     "What is known among some values."
     return list(dict.fromkeys(value for value in values if value is not None))
 
 # %% ../../nbs/reference/vectors/hints.ipynb #a1f26b75
-def list_some(
-    names: Iterable[Any],  # any number
-) -> str:  # for an error
+def list_some(names: Iterable[Any]) -> str:  # for an error
     "A few names, and how many more."
     several = [repr(name) for name in names]
     return ", ".join(several[:6]) + (f" and {len(several) - 6} more" if len(several) > 6 else "")
@@ -163,9 +157,7 @@ def hint_from_fields(
     return Hint(*(known[0] if known else None for known in (layers, conventions, parts, doubts)))
 
 # %% ../../nbs/reference/vectors/hints.ipynb #cdd15449
-def layer_list(
-    value: Any,  # of a field
-) -> list[int] | None:  # None: it is no list of layers
+def layer_list(value: Any) -> list[int] | None:  # None: it is no list of layers
     "The numbers of layers in a list or in a text that spells one."
     if isinstance(value, str) and ("," in value or value.strip().startswith("[")):
         value = [part.strip(" '\"") for part in value.strip(" []()").split(",")]
@@ -181,9 +173,7 @@ def layer_list(
     return numbers
 
 # %% ../../nbs/reference/vectors/hints.ipynb #cfbe6b8b
-def listed_layers(
-    rest: Mapping[str, Any],  # what a file holds beside its tensors
-) -> list[int] | None:  # None: no field lists them
+def listed_layers(rest: Mapping[str, Any]) -> list[int] | None:  # None: no field lists them
     """The numbers of a tensor's rows, if a field of the file lists them.
     Raises ValueError: two lists disagree, or a layer is listed twice."""
     fields = [value for name, value in rest.items() if name.rpartition(".")[2].lower() in ROW_FIELDS]

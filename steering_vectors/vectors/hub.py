@@ -23,9 +23,7 @@ from .headers import read_json, write_header
 from .provenance import COUNTS, KNOWN_FIELDS, TEXTS
 
 # %% ../../nbs/reference/vectors/hub.ipynb #7d141f56
-def card_table(
-    vector: VectorData,  # to describe
-) -> str:  # a table of Markdown
+def card_table(vector: VectorData) -> str:  # a table of Markdown
     "The norm of each direction, and the median norm of the activations it is added to."
     norms = vector.provenance.activation_norms or {}
     rows = ["| layer | length of the vector | median length of the activations |", "| ---: | ---: | ---: |"]
@@ -55,9 +53,7 @@ with vector.apply(model, multiplier={multiplier:g}):
 """
 
 # %% ../../nbs/reference/vectors/hub.ipynb #724d7daa
-def card_text(
-    vector: VectorData,  # to describe
-) -> str:  # Markdown
+def card_text(vector: VectorData) -> str:  # Markdown
     "The text of a vector's README."
     provenance = vector.provenance
     facts = {k: v for k, v in vars(provenance).items() if k in TEXTS + COUNTS and k != "note" and v is not None}
@@ -71,9 +67,7 @@ def card_text(
     )
 
 # %% ../../nbs/reference/vectors/hub.ipynb #4530df05
-def model_card(
-    vector: VectorData,  # to describe
-) -> ModelCard:  # front matter for the Hub and text for people
+def model_card(vector: VectorData) -> ModelCard:  # front matter for the Hub and text for people
     "The README of a vector's folder."
     model = vector.provenance.model_id
     on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model or "")
@@ -86,9 +80,7 @@ def model_card(
 SUFFIXES = (".safetensors", ".gguf", ".pt", ".pth", ".bin", ".npz", ".npy", ".json")
 
 # %% ../../nbs/reference/vectors/hub.ipynb #3de0307a
-def local_path(
-    name_or_path: str | os.PathLike[str],  # a folder, a file, or a repository of the Hub
-) -> Path | None:  # None: a repository
+def local_path(name_or_path: str | os.PathLike[str]) -> Path | None:  # None: a repository
     """The path that a name means, or None for a repository of the Hub.
     Raises ValueError: it is no path, and no repository can have this name."""
     text = os.fspath(name_or_path)

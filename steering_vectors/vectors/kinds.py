@@ -18,9 +18,7 @@ BEGINNINGS = {
 }
 
 # %% ../../nbs/reference/vectors/kinds.ipynb #809a23ad
-def kind_of_zip(
-    path: str | os.PathLike[str],  # a zip archive
-) -> str:  # "PyTorch", "numpy", "zip" or "unknown"
+def kind_of_zip(path: str | os.PathLike[str]) -> str:  # "PyTorch", "numpy", "zip" or "unknown"
     "Whether a zip archive is of PyTorch, of numpy, or of neither."
     try:
         with ZipFile(path) as z:
@@ -32,9 +30,7 @@ def kind_of_zip(
     return "numpy" if names and all(name.endswith(".npy") for name in names) else "zip"
 
 # %% ../../nbs/reference/vectors/kinds.ipynb #04c4159f
-def kind_of_text(
-    start: bytes,  # the first bytes of a file
-) -> str:  # "web page", "JSON", "empty" or "unknown"
+def kind_of_text(start: bytes) -> str:  # "web page", "JSON", "empty" or "unknown"
     "Whether a file begins like a web page, like JSON, or like neither."
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:9].lower() == b"<!doctype" or text[:5].lower() == b"<html":

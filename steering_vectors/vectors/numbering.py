@@ -108,9 +108,7 @@ def number_listed_rows(
     return numbered if layers is None else some_layers(numbered, layers)
 
 # %% ../../nbs/reference/vectors/numbering.ipynb #dde48e2e
-def number_names(
-    tensors: Mapping[str, Tensor],  # by name
-) -> dict[int, Tensor]:  # as the names count, each (d,)
+def number_names(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:  # as the names count, each (d,)
     """The directions of tensors that are named by layers.
     Raises ValueError: a name has no layer, two have the same, or a tensor has several rows."""
     layers = {name: hint_from_name(name).layer for name in tensors}
@@ -199,9 +197,7 @@ def as_blocks(
     return {block_number(n, convention): v for n, v in sorted(directions.items())}
 
 # %% ../../nbs/reference/vectors/numbering.ipynb #865cf251
-def last_entry(
-    tensors: Mapping[str, Tensor],  # by name
-) -> int | None:  # None: this is no whole list
+def last_entry(tensors: Mapping[str, Tensor]) -> int | None:  # None: this is no whole list
     "The number of the last entry, if a file has all entries from 0 on."
     if len(tensors) == 1:
         ((name, tensor),) = tensors.items()

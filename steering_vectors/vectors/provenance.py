@@ -46,9 +46,7 @@ class Provenance:
         return f"Provenance({', '.join(known)})"
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #07f9ab44
-def is_finite(
-    x: SupportsFloat,  # a number of any kind
-) -> bool:  # whether a float can hold it
+def is_finite(x: SupportsFloat) -> bool:  # whether a float can hold it
     "No NaN, no infinity, and no whole number beyond all floats."
     try:
         return math.isfinite(x)
@@ -57,17 +55,21 @@ def is_finite(
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #fe6bfaf0
 TEXTS = ("model_id", "revision", "model_type", "aggregator", "read_position", "library_version", "note", "origin")
+
+# %% ../../nbs/reference/vectors/provenance.ipynb #b6faff57
 COUNTS = ("hidden_size", "num_layers", "num_pairs", "num_positive", "num_negative")
+
+# %% ../../nbs/reference/vectors/provenance.ipynb #abecee17
 OPEN = ("extra", "later", "texts")
+
+# %% ../../nbs/reference/vectors/provenance.ipynb #07f828f9
 OWN_FIELDS = ("format", "steering_vector", "sha256")
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #8783b778
 KNOWN_FIELDS = frozenset({f.name for f in fields(Provenance)} | {"format_version", "layer_type", "checksum"})
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #b9d0b99e
-def check_unknown(
-    provenance: Provenance,  # its `later` and `texts` are mappings
-) -> None:
+def check_unknown(provenance: Provenance) -> None:
     """Refuse names in `later` and `texts` that this version knows, and texts that are none.
     Raises ValueError: a known name. Raises TypeError: a text that is no text."""
     known = sorted({str(k) for k in provenance.later} & KNOWN_FIELDS)
@@ -79,9 +81,7 @@ def check_unknown(
             raise TypeError(f"Provenance.texts has texts under texts, and {name!r} is none.")
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #2bafbeb6
-def check_fields(
-    provenance: Provenance,  # its fields may hold anything
-) -> None:
+def check_fields(provenance: Provenance) -> None:
     """Refuse a field of the wrong kind.
     Raises TypeError: a field is of another type. Raises ValueError: a number is not finite, or a name is taken."""
     kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(COUNTS, Integral) | dict.fromkeys(OPEN, Mapping)
