@@ -192,7 +192,7 @@ def check_bakeable(
     model: nn.Module,  # to be baked
     steering: Steering,  # what is to be done
 ) -> float | None:  # the fraction to ablate; None to add
-    """Refuse what no weight can do for every token alike.
+    """Refuse what no weight can do in the same way at every token.
     Raises ValueError: the steering differs by token or row, or is another operator; TypeError: it is no such model."""
     from transformers import PreTrainedModel
 
