@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GraniteForCausalLM
 
 from steering_vectors import Steering, SteeringVector, ablation_operator, find_layers, record_activations
 from steering_vectors.demo import tiny_model
-from steering_vectors.vectors.baking import bake, probe, steered
+from steering_vectors.vectors.baking import bake, probe, steered_logits
 from steering_vectors.vectors.checkpoints import plain_copy
 
 EXPECTED = json.loads(Path(__file__).with_name("baking.json").read_text())
@@ -56,7 +56,7 @@ def outcome(model, layer_type, operator, folder=None):
             if "as_llama=True writes" not in reason:
                 break
             continue
-        wanted = steered(model, [SteeringVector({n: direction(d)}, layer_type).steering(operator, 1.5)])
+        wanted = steered_logits(model, [SteeringVector({n: direction(d)}, layer_type).steering(operator, 1.5)])
         if (wanted - probe(model)).abs().max() < 1e-4 * wanted.abs().max():
             return "no effect to compare"
         assert (probe(baked) - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -173,7 +173,7 @@ def test_mistral_and_qwen_become_llamas(tmp_path):
             assert baked.config.max_position_embeddings == window and f"up to {window} tokens" in str(heard[0].message)
         baked.save_pretrained(tmp_path / kind)
         served = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
-        wanted = steered(model, [Steering({1: direction(32)})])
+        wanted = steered_logits(model, [Steering({1: direction(32)})])
         assert (probe(served) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
@@ -333,7 +333,7 @@ def test_a_replaced_layer_is_named(monkeypatch):
 def test_integers_that_the_config_builds_are_no_obstacle():
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "told, not done"}  # the weights decide, not the config
-    wanted = steered(model, [Steering({1: direction(32)})])
+    wanted = steered_logits(model, [Steering({1: direction(32)})])
     assert (probe(bake(model, SteeringVector({1: direction(32)}))) - wanted).abs().max() < 1e-5 * wanted.abs().max()
     counted = tiny_model("gpt2")
     made = type(counted)
@@ -380,7 +380,7 @@ def test_the_guide_names_the_families():
 def test_a_layer_norm_with_a_bias_takes_the_vector():
     for kind in ("gpt2", "opt"):
         baked = bake(tiny_model(kind), SteeringVector({1: direction(32)}, "input_layernorm").steering(multiplier=2.0))
-        wanted = steered(
+        wanted = steered_logits(
             tiny_model(kind), [SteeringVector({1: direction(32)}, "input_layernorm").steering(multiplier=2.0)]
         )
         assert (probe(baked) - wanted).abs().max() < 1e-5 * wanted.abs().max()

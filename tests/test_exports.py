@@ -13,7 +13,8 @@ import torch
 
 from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.vectors.exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
+from steering_vectors.vectors.exports import vllm_lens_payload, write_lm_eval
+from steering_vectors.vectors.gguf import read_gguf, write_gguf
 from steering_vectors.vectors.provenance import Provenance
 
 STORY = Provenance(model_id="someone/tiny", model_type="llama", num_layers=6, hidden_size=8, num_pairs=3, note="joy")

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from steering_vectors import SteeringVector, train_steering_vector
 from steering_vectors.demo import tiny_tokenizer
 from steering_vectors.vectors import files, headers, hub, provenance
-from steering_vectors.vectors.files import VectorFile, load_file, save_file
+from steering_vectors.vectors.files import VectorData, load_file, save_file
 from steering_vectors.vectors.hub import VectorFolder
 from steering_vectors.vectors.provenance import Provenance
 
@@ -45,7 +45,7 @@ def layers(dtype=torch.float32):
     return {n: torch.randn(8, generator=g, dtype=torch.float64).to(dtype) for n in (3, 0)}
 
 
-def same(a: VectorFile, b: VectorFile) -> bool:
+def same(a: VectorData, b: VectorData) -> bool:
     return (
         (a.layer_type, a.provenance) == (b.layer_type, b.provenance)
         and a.layer_activations.keys() == b.layer_activations.keys()
@@ -71,7 +71,7 @@ def test_every_value_comes_back_exactly(tmp_path, dtype):
 def test_the_whole_story_comes_back(tmp_path):
     save_file(tmp_path / "v", layers(), "self_attn", STORY)
     back = load_file(tmp_path / "v")
-    assert same(back, VectorFile(layers(), "self_attn", STORY))
+    assert same(back, VectorData(layers(), "self_attn", STORY))
     assert list(back.layer_activations) == [0, 3]
     with safe_open(tmp_path / "v", framework="pt") as f:
         header = json.loads(f.metadata()["steering_vector"])
@@ -158,7 +158,7 @@ def test_saving_follows_a_link_and_respects_the_umask(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real" / "v")
     save_file(tmp_path / "link", layers(), "mlp", STORY)
     assert (tmp_path / "link").is_symlink() and same(
-        load_file(tmp_path / "real" / "v"), VectorFile(layers(), "mlp", STORY)
+        load_file(tmp_path / "real" / "v"), VectorData(layers(), "mlp", STORY)
     )
     umask = os.umask(0)
     os.umask(umask)
@@ -258,7 +258,7 @@ def test_a_wrong_file_says_what_is_wrong_and_with_which_file(tmp_path, data, wor
 
 def test_a_file_of_another_program_needs_no_checksum(tmp_path):
     (tmp_path / "v").write_bytes(with_header(GOOD))
-    assert same(load_file(tmp_path / "v"), VectorFile({0: torch.ones(8)}, "mlp", Provenance()))
+    assert same(load_file(tmp_path / "v"), VectorData({0: torch.ones(8)}, "mlp", Provenance()))
 
 
 JSON = st.recursive(
@@ -328,7 +328,7 @@ def test_another_version_is_refused_and_names_what_it_needs(version, needs):
 
 
 def test_what_somebody_added_to_config_json_is_kept(tmp_path):
-    VectorFolder(VectorFile(layers(), "mlp", STORY)).save_pretrained(tmp_path)
+    VectorFolder(VectorData(layers(), "mlp", STORY)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"licence": "MIT", "num_pairs": 7}))
     back = SteeringVector.from_pretrained(tmp_path)
@@ -433,7 +433,7 @@ def test_thousands_of_altered_headers_are_refused_or_obey_the_rules(tmp_path):
             outcomes[0] += 1
         else:
             save_file(path, vector, layer_type, story)
-            assert same(load_file(path), VectorFile(vector, layer_type, story))
+            assert same(load_file(path), VectorData(vector, layer_type, story))
             outcomes[1] += 1
     assert min(outcomes) > 200
 
@@ -458,7 +458,7 @@ def test_a_trained_vector_is_as_wide_as_its_story_says(tmp_path, family, layer_t
 
 
 def test_the_mixin_writes_and_reads_a_folder(tmp_path):
-    vector = VectorFile(dict(sorted(layers().items())), "mlp", STORY)
+    vector = VectorData(dict(sorted(layers().items())), "mlp", STORY)
     VectorFolder(vector).save_pretrained(tmp_path / "v")
     assert sorted(os.listdir(tmp_path / "v")) == ["README.md", "config.json", "steering_vector.safetensors"]
     assert same(VectorFolder.from_pretrained(str(tmp_path / "v")).vector, vector)
@@ -469,13 +469,13 @@ def test_the_card_tells_the_story(tmp_path):
     story = Provenance(
         model_id="someone/tiny-llama", note="joy: yes # not a comment", suggested_multiplier=2, num_pairs=60
     )
-    VectorFolder(VectorFile(layers(), "mlp", story)).save_pretrained(tmp_path)
+    VectorFolder(VectorData(layers(), "mlp", story)).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "someone/tiny-llama" and card.data.library_name == "steering-vectors"
     assert "steering-vector" in card.data.tags
     for words in ("joy: yes # not a comment", "multiplier=2)", "num pairs: 60", "`mlp`"):
         assert words in card.text
-    assert hub.model_card(VectorFile(layers(), "mlp", Provenance(model_id="/home/me/model"))).data.base_model is None
+    assert hub.model_card(VectorData(layers(), "mlp", Provenance(model_id="/home/me/model"))).data.base_model is None
 
 
 def test_pushing_uploads_the_folder(monkeypatch):
@@ -495,7 +495,7 @@ def test_pushing_uploads_the_folder(monkeypatch):
             return "commit"
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
-    vector = VectorFile(layers(), "mlp", STORY)
+    vector = VectorData(layers(), "mlp", STORY)
     url = VectorFolder(vector).push_to_hub("me/joy", token="secret", private=True, commit_message="joy")
     assert (
         url == "commit" and seen["repo"] == ("me/joy", True) and seen["token"] == "secret" and seen["message"] == "joy"
@@ -504,7 +504,7 @@ def test_pushing_uploads_the_folder(monkeypatch):
 
 
 def test_a_repository_is_downloaded_with_the_options_given(tmp_path, monkeypatch):
-    vector, asked = VectorFile(layers(), "mlp", STORY), []
+    vector, asked = VectorData(layers(), "mlp", STORY), []
     VectorFolder(vector).save_pretrained(tmp_path)
 
     def download(repo_id, filename, **options):
@@ -598,7 +598,7 @@ def test_a_repository_is_still_a_repository(tmp_path, monkeypatch):
 
 
 def test_fields_that_only_the_hubs_config_has_are_kept(tmp_path, monkeypatch):
-    VectorFolder(VectorFile(layers(), "mlp", STORY)).save_pretrained(tmp_path)
+    VectorFolder(VectorData(layers(), "mlp", STORY)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"licence": "MIT"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(hub, "hf_hub_download", lambda repo_id, filename, **options: str(tmp_path / filename))
@@ -643,7 +643,7 @@ def test_a_file_is_read_and_written_whatever_the_default_device(tmp_path):
         back = load_file(tmp_path / "v")
     finally:
         torch.set_default_device(None)
-    assert same(back, VectorFile(dict(sorted(layers().items())), "mlp", STORY))
+    assert same(back, VectorData(dict(sorted(layers().items())), "mlp", STORY))
 
 
 layers_on_cpu = layers()

@@ -17,8 +17,9 @@ from safetensors.torch import save_file as save_safetensors
 
 from steering_vectors import SteeringVector, record_activations
 from steering_vectors.demo import tiny_model
-from steering_vectors.vectors.foreign import numbered_rows, read_vector_file
-from steering_vectors.vectors.hints import told_by
+from steering_vectors.vectors.foreign import read_vector_file
+from steering_vectors.vectors.hints import hint_from_name
+from steering_vectors.vectors.numbering import number_rows
 from steering_vectors.vectors.provenance import Provenance
 
 D, L = 8, 4
@@ -125,9 +126,9 @@ def test_rows_keep_their_numbers_or_get_those_given(rows, layers):
     naming = len(layers) == rows and (rows == 1 or max(layers) >= rows)
     if not naming and (max(layers) >= rows or (rows == 1 and len(layers) > 1)):
         with pytest.raises(ValueError, match="has no layer"):
-            numbered_rows(tensor, None, layers)
+            number_rows(tensor, None, layers)
         return
-    got = numbered_rows(tensor, None, layers)
+    got = number_rows(tensor, None, layers)
     assert list(got) == layers
     for i, n in enumerate(layers):
         assert torch.equal(got[n], tensor[i if naming else n])
@@ -492,7 +493,7 @@ def test_an_archive_of_something_else(tmp_path):
 @given(st.text())
 def test_any_name_tells_something_or_nothing(name):
     try:
-        told = told_by(name)
+        told = hint_from_name(name)
     except ValueError as e:
         assert "a place inside a block" in str(e)
     else:

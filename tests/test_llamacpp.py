@@ -9,7 +9,7 @@ import torch
 
 from steering_vectors import SteeringVector, train_steering_vector
 from steering_vectors.demo import joy_pairs, load_demo_model
-from steering_vectors.vectors.exports import gguf_bytes
+from steering_vectors.vectors.gguf import gguf_bytes
 
 QUESTION = [{"role": "user", "content": "Tell me about your day."}]
 

@@ -1,4 +1,11 @@
-"""The command: train on the embedded model, and print what steering does.
+"""What does `python -m steering_vectors.demo` do?
+
+The main job of the library, once, from the command line: train a vector on sixty pairs of texts,
+print how long it is at every layer, and answer one question at several multipliers.
+
+It shows the two things to look at in every vector. The first is its norm beside that of the
+activations, since a multiplier has no unit until the two are compared. The second is what it does,
+in text.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/demo/command.html
 """
@@ -10,6 +17,7 @@ __all__ = ['main']
 
 # %% ../../nbs/reference/demo/command.ipynb #043a7afe
 import argparse
+import math
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/reference/demo/command.ipynb #c70d5e32
 def _norm_table(
-    vector: "SteeringVector",  # trained: its provenance knows the activations' norms
+    vector: SteeringVector,  # trained: its provenance has the activations' norms
     columns: int = 3,  # how many layers stand beside each other
 ) -> str:
     "The vector's norm by layer beside the median norm of the activations it was trained on."
@@ -39,15 +47,16 @@ def _norm_table(
     for layer, direction in sorted(vector.layer_activations.items()):
         size, usual = float(direction.float().norm()), norms.get(layer, float("nan"))
         cells.append(f"{layer:5d}{size:8.2f}{usual:9.1f}{size / usual:6.0%}")
-    rows = -(-len(cells) // columns)
+    rows = math.ceil(len(cells) / columns)
     head = "layer  vector   median share"
     lines = ["   ".join([head] * min(columns, len(cells)))]
-    lines += ["   ".join(cells[row::rows]) for row in range(rows)]
+    for row in range(rows):
+        lines.append("   ".join(cells[row::rows]))
     return "\n".join(lines)
 
 # %% ../../nbs/reference/demo/command.ipynb #d96b4d1a
 def _side_by_side(
-    multipliers: Sequence[float],  # one an answer
+    multipliers: Sequence[float],  # one per answer
     answers: Sequence[str],  # of any length
     width: int = 80,  # of the terminal
 ) -> str:
@@ -73,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../../nbs/reference/demo/command.ipynb #b2323b68
-def _load(name: str | None) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def _load(
+    name: str | None,  # on the Hub, or a folder; None: the embedded model
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name is None:
@@ -91,17 +102,16 @@ def main(
     found = resolve_layers(model, "decoder_block")
     layers = resolve_layer_numbers(asked.layers or [len(found) * 3 // 5], found, "decoder_block")
     pairs: Any = joy_chats() if has_template(tokenizer) else joy_pairs(tokenizer)
-    every = train_steering_vector(model, tokenizer, pairs, show_progress=True)
-    vector = every[layers]
+    trained = train_steering_vector(model, tokenizer, pairs, show_progress=True)
     drawn: dict[str, Any] = {} if asked.seed is None else {"temperature": 1.0, "seed": asked.seed}
+    vector = trained[layers]
     texts = sweep(model, tokenizer, vector, asked.prompt, asked.multipliers, "all", asked.max_new_tokens, **drawn)
     answers = [text.strip() for text in texts.values()]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    name, where = model.config._name_or_path, ", ".join(map(str, layers))
-    print(
-        f"\n{name}\njoyful - miserable, {len(pairs)} pairs: length of the vector and median length of the activations\n"
-    )
-    print(_norm_table(every, columns=3 if width >= 92 else 2), end="\n\n")
+    about = f"joyful - miserable, {len(pairs)} pairs: length of the vector and median length of the activations"
+    print(f"\n{model.config._name_or_path}\n{about}\n")
+    print(_norm_table(trained, columns=3 if width >= 92 else 2), end="\n\n")
+    where = ", ".join(map(str, layers))
     print(f"{asked.prompt!r} answered with the vector added at layer {where}, times\n")
     print(_side_by_side(asked.multipliers, answers, width))
 

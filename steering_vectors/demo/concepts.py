@@ -1,4 +1,12 @@
-"""Small contrastive sets.
+"""Which small set of texts shows what steering does?
+
+A steering vector is the difference between two sets of activations, so the texts decide what it
+means. Good pairs differ in the wanted thing and in nothing else: here the user asks for a mood, and
+both answers begin with the same words. Six pairs of adjectives keep the vector from being about one
+word, ten beginnings keep it from being about one subject.
+
+`joy_chats` has the sixty pairs as chat messages, which training puts through the model's own
+template; `joy_pairs` has them as texts that went through it already.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/demo/concepts.html
 """
@@ -25,16 +33,27 @@ _MOODS = [
 ]
 
 # %% ../../nbs/reference/demo/concepts.ipynb #a1d5f8a5
-_STEMS = ["Today I", "The weather is", "My friends and I", "When I woke up, I", "I think that"]
-
-# %% ../../nbs/reference/demo/concepts.ipynb #bf030481
-_STEMS += ["My work is", "The people here are", "I am looking at the sky and", "My family", "This evening I"]
+_STEMS = [
+    "Today I",
+    "The weather is",
+    "My friends and I",
+    "When I woke up, I",
+    "I think that",
+    "My work is",
+    "The people here are",
+    "I am looking at the sky and",
+    "My family",
+    "This evening I",
+]
 
 # %% ../../nbs/reference/demo/concepts.ipynb #a9e68d8f
 Chat = list[dict[str, str]]
 
 # %% ../../nbs/reference/demo/concepts.ipynb #243cff1e
-def _chat(mood: str, stem: str) -> Chat:
+def _chat(
+    mood: str,  # an adjective
+    stem: str,  # how the answer begins
+) -> Chat:
     request = {"role": "user", "content": f"Act as if you are extremely {mood}."}
     return [request, {"role": "assistant", "content": stem}]
 
@@ -44,7 +63,10 @@ def joy_chats() -> list[tuple[Chat, Chat]]:  # 60 pairs, (joyful, miserable)
     return [(_chat(good, stem), _chat(bad, stem)) for good, bad in _MOODS for stem in _STEMS]
 
 # %% ../../nbs/reference/demo/concepts.ipynb #0e8af4d7
-def _templated(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
+def _templated(
+    tokenizer: "PreTrainedTokenizerBase",  # with a chat template, or without
+    chat: Chat,  # whose last message is unfinished
+) -> str:
     if not tokenizer.chat_template:  # a base model: there is nothing to put around the words
         return "\n".join(message["content"] for message in chat)
     text = str(tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True))

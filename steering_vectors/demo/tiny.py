@@ -1,10 +1,9 @@
-"""Tiny models with random weights, of many families.
+"""How is a model of any family made in milliseconds, to try a mechanism on?
 
-Two kinds of model stand behind every page. A *tiny* model (`tiny_model`, `tiny_tokenizer`) has
-random weights and is made in memory in a few milliseconds: it proves that a mechanism works and
-says nothing about meaning. The *real* one (`load_demo_model`) is small enough for a laptop's
-processor and large enough to have moods, and `joy_pairs` is a small set of texts written by hand
-that finds one of them.
+A *tiny* model has random weights and is made in memory in a few milliseconds: it proves that a
+mechanism works, and shows nothing about meaning. (For that there is the embedded model,
+`load_demo_model`.) `tiny_model` makes one of eleven families, with the build of that family and
+small numbers; `tiny_tokenizer` is the tokenizer that fits them all, with one token per character.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/demo/tiny.html
 """
@@ -35,7 +34,7 @@ _TEMPLATE = (
 
 # %% ../../nbs/reference/demo/tiny.ipynb #2519ce11
 def tiny_tokenizer() -> "PreTrainedTokenizerFast":  # 100 tokens, padding on the left
-    "A tokenizer of one token a character, with `<s>` in front and a chat template, made in memory."
+    "A tokenizer of one token per character, with `<s>` in front and a chat template, made in memory."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -101,7 +100,8 @@ def tiny_model(
     seed: int = 0,  # of the weights; the global random state is not touched
     dtype: torch.dtype = torch.float32,  # the weights are drawn in float32, then converted
 ) -> "PreTrainedModel":  # on the CPU, in evaluation mode
-    "A model of the family `kind` with random weights, small enough to read its tensors; fits `tiny_tokenizer`."
+    """A model of the family `kind` with random weights, small enough to read its tensors; fits `tiny_tokenizer`.
+    Raises ValueError: the family is unknown, or the width cannot be divided."""
     from transformers import AutoModelForCausalLM
 
     if kind not in _FAMILIES:

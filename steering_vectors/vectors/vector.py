@@ -1,11 +1,9 @@
-"""`SteeringVector`: a direction for each layer, and what one can do with it.
+"""What is a `SteeringVector`, and what can one do with it?
 
-A `SteeringVector` is a dictionary from layer numbers to directions, together with the kind of layer
-they belong to. Everything one does with it (steer a model, choose layers, move it to a device)
-stands on this page as a method, and every method is a short call into a module that stands before
-this one in the sidebar. So the class below reads as a table of contents. What only one method needs
-(other engines, files of other programs, baking) is imported when that method is called, so that
-importing a vector stays cheap.
+A `SteeringVector` is a dictionary from layer numbers to directions, together with the part of the
+block they belong to and what is known of their making. Everything one does with it (steer a model,
+choose layers, combine, keep, export) is a method here, and every method is one call into a room
+above this one. So the class reads as a table of contents.
 
 Vectors are values. No method changes one; each returns a new one.
 
@@ -18,26 +16,26 @@ Docs: https://OWNER.github.io/steering-vectors/reference/vectors/vector.html
 __all__ = ['SteeringVector']
 
 # %% ../../nbs/reference/vectors/vector.ipynb #62f99d48
-import math
-import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..model.families import LayerType, ModelLayerConfig, check_layer_type
-from ..model.layers import _spans
 from ..steer.operators import PatchDeltaOperator, addition_operator
 from ..steer.steering import Steering, SteeringPatchHandle
 from ..steer.tokens import Tokens, as_selection
 from .algebra import _is_number, added, cosines, normalized, scaled_by
 from .baking import bake
-from .exports import read_gguf, vllm_lens_payload, write_gguf, write_lm_eval
-from .files import VectorFile, load_file, save_file
+from .descriptions import description, markdown_table
+from .directions import checked_directions, has_layer, index_numbers, named_layers
+from .directions import only_direction, same_tensor
+from .exports import vllm_lens_payload, write_lm_eval
+from .files import VectorData, load_file, save_file
 from .foreign import read_vector_file
+from .gguf import read_gguf, write_gguf
 from .hints import Convention
 from .hub import VectorFolder
 from .provenance import Provenance
@@ -45,10 +43,18 @@ from .provenance import Provenance
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# %% ../../nbs/reference/vectors/vector.ipynb #3eed7d24
+def _data(
+    vector: "SteeringVector",
+) -> VectorData:
+    "The three parts of a vector, for the rooms that need no methods."
+    return VectorData(vector.layer_activations, vector.layer_type, vector.provenance)
+
 # %% ../../nbs/reference/vectors/vector.ipynb #7f75a765
 @dataclass(eq=False)
 class SteeringVector:
-    "Directions for the layers of a model, and the ways to use them."
+    """Directions for the layers of a model, and what one can do with them.
+    Raises TypeError or ValueError: `layer_activations` are no directions by layer, or the layer type is unknown."""
 
     layer_activations: dict[int, Tensor]  # layer number to (d,); negative numbers count from the end, when applied
     layer_type: LayerType = "decoder_block"  # which output of each block the directions belong to
@@ -77,14 +83,11 @@ class SteeringVector:
         multiplier: float | Sequence[float] | Tensor = 1.0,  # how strongly; a number, or one a row of the batch
         min_token_index: int | None = None,  # steer this column and all later ones
         token_indices: Sequence[int] | slice | Tensor | None = None,  # columns, or a 0/1 mask of shape (s,) or (b, s)
-        tokens: Tokens
-        | Sequence[int]
-        | slice
-        | Tensor
-        | None = None,  # an expression such as Tokens.response, or any of the above
+        tokens: Tokens | Sequence[int] | slice | Tensor | None = None,  # such as Tokens.response, or any of the above
         prompt: Any = None,  # the ids given to the model, where the prompt's end must be known
     ) -> SteeringPatchHandle:  # checked, not attached; use it in a `with` statement
-        "Steer `model` while a `with` block is open."
+        """Steer `model` while a `with` block is open; addition is Turner et al. 2023, arXiv:2308.10248.
+        Raises ValueError or TypeError: a layer does not exist, or something does not fit; nothing is attached then."""
         selection = as_selection(min_token_index, token_indices, tokens)
         return self.steering(operator, multiplier, selection, layer_config).apply(model, prompt)
 
@@ -99,28 +102,28 @@ class SteeringVector:
         tokens: Tokens | Sequence[int] | slice | Tensor | None = None,
         prompt: Any = None,
     ) -> SteeringPatchHandle:  # attached; call its `remove()` when done
-        "Steer `model` from now on, until the handle is removed."
-        return self.apply(
-            model, layer_config, operator, multiplier, min_token_index, token_indices, tokens, prompt
-        ).attach()
+        "Steer `model` from now on, until the handle is removed. Raises as `apply` does."
+        positions = min_token_index, token_indices, tokens
+        return self.apply(model, layer_config, operator, multiplier, *positions, prompt).attach()
 
     patch = patch_activations
 
     # --- choose layers -----------------------------------------------------------------------------------------------
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
-        "The vector for some of its layers: `v[18]`, `v[10:20]`, `v[[1, 5]]`."
-        return replace(self, layer_activations={n: self.layer_activations[n] for n in _layers_named(self, layers)})
+        "The vector for some of its layers: `v[18]`, `v[10:20]`, `v[[1, 5]]`. Raises ValueError where it has none of them."
+        named = named_layers(layers, self.layer_activations, self.provenance.num_layers)
+        return replace(self, layer_activations={n: self.layer_activations[n] for n in named})
 
     def at(
         self,
         layers: int | Iterable[int],  # where to put the one direction that this vector holds
     ) -> "SteeringVector":
-        "One direction at many layers: `v[18].at(range(30))`."
-        direction, story = _only(self), replace(self.provenance, later={})
-        return replace(self, layer_activations=dict.fromkeys(_index_numbers(layers), direction), provenance=story)
+        "One direction at many layers: `v[18].at(range(30))`. Raises ValueError where the vector has several."
+        spread = dict.fromkeys(index_numbers(layers), only_direction(self.layer_activations))
+        return replace(self, layer_activations=spread, provenance=replace(self.provenance, later={}))
 
     def __contains__(self, layer: object) -> bool:
-        return _has(self, layer)
+        return has_layer(layer, self.layer_activations, self.provenance.num_layers)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.layer_activations)
@@ -138,54 +141,48 @@ class SteeringVector:
         raise TypeError("A SteeringVector is no array; `layer_activations` holds its tensors.")
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
-        return (
-            SteeringVector(*added(_parts(self), _parts(other), 1))
-            if isinstance(other, SteeringVector)
-            else NotImplemented
-        )
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        return SteeringVector(*added(_data(self), _data(other)))
 
     def __radd__(self, other: float) -> "SteeringVector":
         return self if _is_number(other) and other == 0 else NotImplemented  # what `sum` begins with
 
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
-        return (
-            SteeringVector(*added(_parts(self), _parts(other), -1))
-            if isinstance(other, SteeringVector)
-            else NotImplemented
-        )
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        return SteeringVector(*added(_data(self), _data(other), sign=-1))
 
     def __mul__(self, number: float) -> "SteeringVector":
-        return SteeringVector(*scaled_by(_parts(self), number)) if _is_number(number) else NotImplemented
+        return SteeringVector(*scaled_by(_data(self), number)) if _is_number(number) else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, number: float) -> "SteeringVector":
-        return SteeringVector(*scaled_by(_parts(self), number, divide=True)) if _is_number(number) else NotImplemented
+        return SteeringVector(*scaled_by(_data(self), number, divide=True)) if _is_number(number) else NotImplemented
 
     def __neg__(self) -> "SteeringVector":
-        return SteeringVector(*scaled_by(_parts(self), -1))
+        return SteeringVector(*scaled_by(_data(self), -1))
 
     def normalize(self) -> "SteeringVector":
-        "The vector with length 1 at every layer."
-        return SteeringVector(*normalized(_parts(self)))
+        "The vector with length 1 at every layer. Raises ValueError where a direction is zero."
+        return SteeringVector(*normalized(_data(self)))
 
     def cosine_similarity(
         self,
         other: "SteeringVector",  # of the same layer type and width
-    ) -> dict[
-        int, float
-    ]:  # by layer, for the layers that both have; 1: same direction, 0: at right angles, -1: opposite
-        "How alike two vectors are, layer by layer."
-        return cosines(_parts(self), _parts(other))
+    ) -> dict[int, float]:  # by layer that both have; 1: same direction, 0: at right angles, -1: opposite
+        "The cosine of the angle between two vectors. Raises ValueError where they have no layer in common."
+        return cosines(_data(self), _data(other))
 
     # --- keep --------------------------------------------------------------------------------------------------------
     def save(self, path: str | os.PathLike[str]) -> None:
-        "Write the vector and its story into one safetensors file, whole or not at all."
-        save_file(path, *_parts(self))
+        "Write one safetensors file, whole or not at all. Raises ValueError where a file cannot hold the vector."
+        save_file(path, *_data(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SteeringVector":
-        "Read a vector that `save` wrote."
+        "Read a vector that `save` wrote. Raises ValueError where the file holds something else, or was changed."
         return cls(*load_file(path))
 
     @classmethod
@@ -197,12 +194,13 @@ class SteeringVector:
         layer_type: LayerType | None = None,  # the part of the block, where the file does not tell
         name: str | None = None,  # which tensor, where the file has several
     ) -> "SteeringVector":
-        "Read a vector from a file that another program wrote: PyTorch, numpy, JSON, safetensors, GGUF."
+        """Read a vector from a file that another program wrote: PyTorch, numpy, JSON, safetensors, GGUF.
+        Raises ValueError: the file holds no vector, or leaves something open that the arguments have to tell."""
         return cls(*read_vector_file(path, layers, convention, layer_type, name))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
         "Write a folder with the vector and a card; `options` as in huggingface_hub's `ModelHubMixin`."
-        return VectorFolder(_parts(self)).save_pretrained(os.fspath(save_directory), **options)
+        return VectorFolder(_data(self)).save_pretrained(os.fspath(save_directory), **options)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> "SteeringVector":
@@ -211,7 +209,7 @@ class SteeringVector:
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         "Upload the vector and its card to the Hub; `options` as in huggingface_hub's `ModelHubMixin`."
-        return VectorFolder(_parts(self)).push_to_hub(repo_id, **options)
+        return VectorFolder(_data(self)).push_to_hub(repo_id, **options)
 
     # --- ship --------------------------------------------------------------------------------------------------------
     def to_gguf(
@@ -220,7 +218,7 @@ class SteeringVector:
         multiplier: float = 1.0,  # folded into the file
         model_hint: str | None = None,  # the model's family; left out, the provenance's `model_type`
     ) -> None:
-        "Write a control vector for llama.cpp."
+        "Write a control vector for llama.cpp. Raises ValueError where llama.cpp cannot run it."
         write_gguf(path, self.steering(multiplier=multiplier), self.provenance, model_hint)
 
     @classmethod
@@ -229,11 +227,11 @@ class SteeringVector:
         path: str | os.PathLike[str],
         layer_shift: int = 0,  # added to every number of a layer
     ) -> "SteeringVector":
-        "Read a control vector, whoever wrote it."
+        "Read a control vector, whoever wrote it. Raises ValueError where the file is none."
         return cls(*read_gguf(path, layer_shift))
 
     def to_vllm_lens(self, multiplier: float = 1.0) -> dict[str, Any]:
-        "What the vLLM plugin `vllm-lens` takes with a request, to steer every token of it; JSON values."
+        "What the vLLM plugin `vllm-lens` takes with a request, in JSON values. Raises ValueError where it cannot run it."
         return vllm_lens_payload(self.steering(multiplier=multiplier))
 
     def to_lm_eval(
@@ -243,7 +241,7 @@ class SteeringVector:
         multiplier: float = 1.0,
         layer_config: ModelLayerConfig | None = None,
     ) -> None:
-        "Write a file for the evaluation harness: `lm_eval --model steered`."
+        "Write a file for `lm_eval --model steered`. Raises ValueError where a layer does not exist."
         write_lm_eval(path, model, self.steering(multiplier=multiplier, layer_config=layer_config))
 
     def bake(
@@ -254,7 +252,7 @@ class SteeringVector:
         operator: PatchDeltaOperator | None = None,  # addition, or `ablation_operator()` for `mlp` and `self_attn`
         as_llama: bool = False,  # write the copy as a Llama checkpoint
     ) -> "PreTrainedModel":  # plain: no hooks, no need of this library
-        "A copy of `model` that has the vector in its weights."
+        "A copy of `model` that has the vector in its weights. Raises ValueError where they have no room for it."
         return bake(model, self.steering(operator, multiplier, layer_config=layer_config), as_llama)
 
     # --- convert -----------------------------------------------------------------------------------------------------
@@ -269,161 +267,13 @@ class SteeringVector:
         return (
             self.layer_type == other.layer_type
             and mine.keys() == theirs.keys()
-            and all(_same(mine[n], theirs[n]) for n in mine)
+            and all(same_tensor(mine[n], theirs[n]) for n in mine)
         )
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and the values can be changed from outside
 
     def __repr__(self) -> str:
-        return _description(self)
+        return description(_data(self))
 
     def _repr_markdown_(self) -> str:
-        return _markdown_table(self)
-
-# %% ../../nbs/reference/vectors/vector.ipynb #f580ab1d
-def checked_directions(activations: Mapping[int, Any]) -> dict[int, Tensor]:
-    "Layer numbers to (d,) tensors of floating-point numbers, or an error that says which is not."
-    if not isinstance(activations, Mapping):
-        raise TypeError(
-            f"layer_activations must map layer numbers to tensors, not be a {type(activations).__name__}: SteeringVector({{18: direction}})."
-        )
-    out = {}
-    for n, v in activations.items():
-        try:
-            n = _layer_number(n)
-        except TypeError:
-            raise TypeError(f"Layers are numbered by integers; {n!r} is a {type(n).__name__}.") from None
-        try:
-            if isinstance(v, SteeringVector):
-                raise TypeError
-            v = v if isinstance(v, Tensor) else torch.as_tensor(v, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"The direction of layer {n} must be a tensor, not a {type(v).__name__}.") from None
-        if not v.is_floating_point() or v.numel() == 0 or v.shape[-1] != v.numel():
-            raise ValueError(
-                f"The direction of layer {n} must be one row of floating-point numbers, shape (d,); it has shape {tuple(v.shape)} and dtype {v.dtype}."
-            )
-        out[n] = v.reshape(-1) if v.ndim != 1 else v
-    return out
-
-# %% ../../nbs/reference/vectors/vector.ipynb #438d4925
-def _same(a: Tensor, b: Tensor) -> bool:
-    "Whether two tensors hold the same numbers in the same dtype, wherever they are."
-    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a.detach().cpu(), b.detach().cpu()))
-
-# %% ../../nbs/reference/vectors/vector.ipynb #24df4962
-def _layers_named(vector: SteeringVector, layers: int | slice | Iterable[int]) -> list[int]:
-    "The layers of `vector` that an index names."
-    have, total = vector.layer_activations, vector.provenance.num_layers
-    if isinstance(layers, slice):
-        layers = slice(*(None if i is None else _index_numbers(i)[0] for i in (layers.start, layers.stop, layers.step)))
-        if total is None and any(i is not None and i < 0 for i in (layers.start, layers.stop)):
-            raise ValueError(
-                f"{layers} counts from the model's end, but this vector does not know how many layers its model has. Use positive numbers."
-            )
-        inside = range(*layers.indices(total if total is not None else max(have, default=0) + 1))
-        chosen = [n for n in have if n in inside]
-    else:
-        chosen = [n + total if n not in have and n < 0 and total is not None else n for n in _index_numbers(layers)]
-    missing = [n for n in chosen if n not in have]
-    if missing or not chosen:
-        raise ValueError(
-            f"This vector has no layer {', '.join(map(str, missing)) or 'in ' + str(layers)}. It has {_spans(have) or 'no layers'}."
-        )
-    return chosen
-
-# %% ../../nbs/reference/vectors/vector.ipynb #33213f40
-def _has(vector: SteeringVector, layer: object) -> bool:
-    "Whether `vector[layer]` is a vector, where `layer` is one number."
-    try:
-        return bool(_layers_named(vector, _layer_number(layer)))
-    except (TypeError, ValueError):
-        return False
-
-# %% ../../nbs/reference/vectors/vector.ipynb #386e9172
-def _layer_number(layer: Any) -> int:
-    "The number of a layer, of Python, numpy or torch; a truth value is none."
-    if isinstance(layer, bool) or getattr(layer, "dtype", None) is torch.bool:
-        raise TypeError(f"{layer!r} is not the number of a layer.")
-    return operator.index(layer)
-
-# %% ../../nbs/reference/vectors/vector.ipynb #d72c9097
-def _index_numbers(layers: Any) -> list[int]:
-    "One number of a layer as a list of one, and several as they come."
-    try:
-        return (
-            [_layer_number(layers)]
-            if not hasattr(layers, "__iter__") or getattr(layers, "ndim", 1) == 0
-            else [*map(_layer_number, layers)]
-        )
-    except TypeError:
-        raise TypeError(f"A vector is indexed by layers: v[18], v[10:20] or v[[1, 5]], not v[{layers!r}].") from None
-
-# %% ../../nbs/reference/vectors/vector.ipynb #2b56c677
-def _only(vector: SteeringVector) -> Tensor:
-    "The direction of a vector that has one layer."
-    if len(vector.layer_activations) != 1:
-        raise ValueError(
-            f"at() puts one direction at many layers, and this vector has {len(vector.layer_activations)}. Choose one first: v[18].at(range(30))."
-        )
-    return next(iter(vector.layer_activations.values()))
-
-# %% ../../nbs/reference/vectors/vector.ipynb #f120c014
-def _description(vector: SteeringVector) -> str:
-    "One line: which layers, how wide, how long, what kind."
-    have = vector.layer_activations
-    if not have:
-        return "SteeringVector(no layers)"
-    norms = _norms(vector)
-    width = len(next(iter(have.values())))
-    word = "layer" if len(have) == 1 else "layers"
-    dtype = " and ".join(dict.fromkeys(str(v.dtype).removeprefix("torch.") for v in have.values()))
-    whose = f", of {vector.provenance.model_id}" if vector.provenance.model_id else ""
-    return f"SteeringVector({word} {_spans(have)} of type {vector.layer_type}, width {width}, norm {_span(list(norms.values()))}, {dtype}{whose})"
-
-# %% ../../nbs/reference/vectors/vector.ipynb #c7cf2c65
-def _norms(vector: SteeringVector) -> dict[int, float]:
-    "The length of each direction, computed in float64: a float16 overflows at 65504. NaN where there are no numbers."
-    lengths = {n: v.detach().double().norm() for n, v in vector.layer_activations.items()}
-    return {n: math.nan if length.is_meta else float(length) for n, length in lengths.items()}
-
-# %% ../../nbs/reference/vectors/vector.ipynb #1baf1f08
-def _span(numbers: Sequence[float]) -> str:
-    "The smallest and the largest of some numbers."
-    return f"{numbers[0]:.3g}" if len(numbers) == 1 else f"{min(numbers):.3g} to {max(numbers):.3g}"
-
-# %% ../../nbs/reference/vectors/vector.ipynb #55aa78a1
-def _markdown_table(vector: SteeringVector) -> str:
-    "The vector for people, in Markdown."
-    story, norms = vector.provenance, _norms(vector)
-    known = story.activation_norms or {}
-    rows = [_row(n, x, known.get(n)) for n, x in sorted(norms.items())]
-    if len(rows) > 12:
-        rows[5:-5] = ["| … | | | |"]
-    head = ["| layer | length | of the activations | ratio |", "| ---: | ---: | ---: | ---: |"]
-    title = f"**SteeringVector** of type `{vector.layer_type}`, {len(norms)} layer{'' if len(norms) == 1 else 's'}"
-    return "\n".join([title, "", *head, *rows, "", " · ".join(_facts(story)) or "no provenance"])
-
-# %% ../../nbs/reference/vectors/vector.ipynb #9d70a2bb
-def _row(layer: int, length: float, activation: float | None) -> str:
-    "One layer of the table."
-    rest = f"{activation:.4g} | {length / activation:.3f}" if activation else " | "
-    return f"| {layer} | {length:.4g} | {rest} |"
-
-# %% ../../nbs/reference/vectors/vector.ipynb #5cdd62d7
-def _facts(story: Provenance) -> list[str]:
-    "What is known of a vector's making, and nothing else."
-    counts = {"pair": story.num_pairs, "positive text": story.num_positive, "negative text": story.num_negative}
-    return [
-        *([story.origin] if story.origin else []),
-        *([f"model: {story.model_id}"] if story.model_id else []),
-        *[f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items() if n is not None],
-        *([story.aggregator] if story.aggregator else []),
-        *([f"read at {story.read_position}"] if story.read_position else []),
-        *([story.note] if story.note else []),
-    ]
-
-# %% ../../nbs/reference/vectors/vector.ipynb #3eed7d24
-def _parts(vector: SteeringVector) -> VectorFile:
-    "The three things a file holds."
-    return VectorFile(vector.layer_activations, vector.layer_type, vector.provenance)
+        return markdown_table(_data(self))
