@@ -17,14 +17,14 @@ from browser import browser, chromium
 ROOT = Path(__file__).parents[1]
 
 PAGE = [
-    "from steering_vectors import Control, Span",
+    "from steering_vectors import Control, Range",
     "calls = []\n"
     "def view(layer, multiplier):\n"
     "    calls.append(multiplier)\n"
     "    if multiplier > 2.5:\n"
     "        raise ValueError('multiplier too large for this model')\n"
     "    return f'call {len(calls)}: layer {layer} at {multiplier:+.2f}'\n"
-    "Control(view, layer=[12, 18], multiplier=Span(-2, 3, marks=(-2, 0, 2)))",
+    "Control(view, layer=[12, 18], multiplier=Range(-2, 3, marks=(-2, 0, 2)))",
 ]
 
 

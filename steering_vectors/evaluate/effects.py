@@ -225,7 +225,7 @@ def completion_gap(
     how = (chat, add_generation_prompt, template)
     pairs = [continuation_ids(tokenizer, prompt, text, *how) for prompt, *both in asked for text in both]
     scores = _curve(model, steering, numbers, pairs, size)
-    return Effect("log-probability gap", "nats a token", numbers, scores[0::2] - scores[1::2])
+    return Effect("log-probability gap", "nats per token", numbers, scores[0::2] - scores[1::2])
 
 # %% ../../nbs/reference/evaluate/effects.ipynb #70759424
 def answer_gap(
@@ -291,4 +291,4 @@ def text_loss(
             )
     pairs = [(row[:1], row[1:]) for row in ids]
     scores = _curve(model, steering, numbers, pairs, size)
-    return Effect("loss", "nats a token", numbers, -scores, should_rise=False)
+    return Effect("loss", "nats per token", numbers, -scores, should_rise=False)
