@@ -12,10 +12,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from steering_vectors import ProjectionSet, Provenance, SteeringVector  # noqa: E402
 from steering_vectors.display import plots as p  # noqa: E402
-from steering_vectors.evaluate.effects import Effect, TokenShift
+from steering_vectors.evaluate.effects import Effect
 from steering_vectors.evaluate.geometry import Similarity
 from steering_vectors.evaluate.projections import Projections
 from steering_vectors.evaluate.results import TokenValues
+from steering_vectors.evaluate.shifts import TokenShift
 
 EFFECT = Effect("gap", "nats per token", (-1.0, 0.0, 1.0), torch.tensor([[-1.0, 0, 1], [0, 0.1, 0.5]]))
 PROJECTIONS = Projections(("<s>", "a", "b"), (3, 4), torch.tensor([[9.0, 1, 2], [9, 3, 4]]))
@@ -56,7 +57,7 @@ def test_more_series_than_colours():
     "missing, code, words",
     [
         ("ipywidgets", "s.Control(lambda n: str(n), n=[1, 2])", "pip install ipywidgets"),
-        ("ipywidgets", "s.Range(0, 1); s.Control(lambda n: str(n), n=s.Range(0, 1, (0, 1)))", "pip install ipywidgets"),
+        ("ipywidgets", "s.Control(lambda n: str(n), n=s.Range(0, 1, (0, 1)))", "pip install ipywidgets"),
         ("matplotlib", "s.plot_norms(s.SteeringVector({1: [1.0, 2.0]}))", "pip install matplotlib"),
     ],
 )

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..evaluate.arguments import check_vector, from_front
-from ..evaluate.effects import Effect, TokenShift
+from ..evaluate.effects import Effect
 from ..evaluate.geometry import Similarity
 from ..evaluate.projections import ProjectionSet, Projections
 from ..evaluate.results import TokenValues
+from ..evaluate.shifts import TokenShift
 from ..numbers import whole_number
 from ..vectors.vector import SteeringVector
 
