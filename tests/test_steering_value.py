@@ -404,7 +404,10 @@ def explored(tiny, steering, **how):
 
 @pytest.mark.parametrize(
     "operator, name",
-    [*zip(OPERATORS, ["add", "ablate", "ablation_operator(fraction=0.5)", "ablate, then add"]), (halve, "halve")],
+    [
+        *zip(OPERATORS, ["add", "ablate", "ablation_operator(fraction=0.5)", "ablate, then add"], strict=True),
+        (halve, "halve"),
+    ],
     ids=repr,
 )
 def test_the_dials_begin_with_the_steerings_own(tiny, operator, name):

@@ -41,15 +41,17 @@ class Similarity(_Keyed):
             return float(self.values[indices[0], indices[1]])
         return dict(zip(self.names, self.values[indices[0]].tolist(), strict=True))
 
-    @property
-    def _rows(self) -> list[list[str]]:
-        return [[name, *(f"{x:+.2f}" for x in row)] for name, row in zip(self.names, self.values.tolist(), strict=True)]
-
     def __repr__(self) -> str:
-        return text_table(["", *self.names], self._rows)
+        return text_table(["", *self.names], _cosine_rows(self))
 
     def _repr_html_(self) -> str:
-        return html_table(["cosine", *self.names], self._rows)
+        return html_table(["cosine", *self.names], _cosine_rows(self))
+
+# %% ../../nbs/reference/evaluate/geometry.ipynb #d9d71301
+def _cosine_rows(similarity: Similarity) -> list[list[str]]:
+    "Each name with its cosines."
+    each = zip(similarity.names, similarity.values.tolist(), strict=True)
+    return [[name, *(f"{x:+.2f}" for x in row)] for name, row in each]
 
 # %% ../../nbs/reference/evaluate/geometry.ipynb #07c675a5
 def _index_of_name(name: str, names: Sequence[str], given: Any) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .arguments import Layer, _listed_texts, check_ids, front_number, in_model
+from .arguments import _listed_texts, check_ids, front_number, in_model
 from .results import NotMeasured, TokenValues, _Keyed, _Tabular, token_texts
 from ..markup import text_table
 from ..model.families import ModelLayerConfig
@@ -142,6 +142,20 @@ def _chosen_of(
         )
     return mask
 
+# %% ../../nbs/reference/evaluate/projections.ipynb #7f5ccf63
+def _masks_of(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[Any],
+    ids: list[list[int]],
+    tokens: Any,
+    how: tuple[Any, ...],
+    one: bool,
+) -> list[Tensor]:  # (s,) bool each
+    "Which tokens of each text are looked at; errors name the text by its number, unless it is the only one."
+    names = ["This text"] if one else [f"Text {i}" for i in range(len(texts))]
+    each = zip(texts, ids, names, strict=True)
+    return [_chosen_of(tokenizer, text, row, tokens, how, name) for text, row, name in each]
+
 # %% ../../nbs/reference/evaluate/projections.ipynb #540da31d
 def _components(
     model: "PreTrainedModel", vector: SteeringVector, rows: Sequence[list[int]], layer_config: "ModelLayerConfig | None"
@@ -158,6 +172,20 @@ def _components(
         v = direction.detach().float().cpu()
         found.append(seen[layer][0].float().cpu() @ v / v.norm().clamp_min(1e-30))
     return [torch.stack([layer[i, : len(row)] for layer in found]) for i, row in enumerate(rows)]
+
+# %% ../../nbs/reference/evaluate/projections.ipynb #ba0e9f24
+def _all_components(
+    model: "PreTrainedModel",
+    vector: SteeringVector,
+    rows: Sequence[list[int]],
+    batch_size: int,
+    layer_config: "ModelLayerConfig | None",
+) -> list[Tensor]:  # (k, s) each, on the CPU
+    "The components of any number of texts, a batch at a time."
+    found: list[Tensor] = []
+    for i in range(0, len(rows), batch_size):
+        found += _components(model, vector, rows[i : i + batch_size], layer_config)
+    return found
 
 # %% ../../nbs/reference/evaluate/projections.ipynb #14192311
 def _one_vector(model: "PreTrainedModel", vector: SteeringVector | Steering) -> tuple[Steering, SteeringVector, int]:
@@ -196,7 +224,7 @@ def projections(
     template: Template | None = None,
 ) -> ProjectionSet: ...
 
-# %% ../../nbs/reference/evaluate/projections.ipynb #9db6853d
+# %% ../../nbs/reference/evaluate/projections.ipynb #0f510c89
 def projections(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -215,13 +243,10 @@ def projections(
     steering, found, total = _one_vector(model, vector)
     ids = texts_ids(tokenizer, texts, *how)
     check_ids(model, ids)
-    names = ["This text"] if without_list else [f"Text {i}" for i in range(len(texts))]
-    each = zip(texts, ids, names, strict=True)
-    masks = [_chosen_of(tokenizer, one, row, tokens, how, name) for one, row, name in each]
-    batches = [ids[i : i + size] for i in range(0, len(ids), size)]
-    rows = [row for batch in batches for row in _components(model, found, batch, steering.layer_config)]
-    results = []
+    masks = _masks_of(tokenizer, texts, ids, tokens, how, without_list)
+    rows = _all_components(model, found, ids, size, steering.layer_config)
+    layers, chosen, results = tuple(found.layer_activations), tokens is not None, []
     for row, numbers, mask in zip(rows, ids, masks, strict=True):
-        words = token_texts(tokenizer, [i for i, on in zip(numbers, mask.tolist(), strict=True) if on])
-        results.append(Projections(words, tuple(found.layer_activations), row[:, mask], tokens is not None, total))
+        words = token_texts(tokenizer, torch.tensor(numbers, device=CPU)[mask].tolist())
+        results.append(Projections(words, layers, row[:, mask], chosen, total))
     return results[0] if without_list else ProjectionSet(tuple(results))
