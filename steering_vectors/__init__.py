@@ -44,16 +44,16 @@ from .steer.tokens import Tokens as Tokens
 from .steer.steering import Steering as Steering
 from .vectors.baking import bake as bake
 from .evaluate.sweeps import sweep as sweep
-from .evaluate.effects import next_token_shift as next_token_shift
+from .evaluate.shifts import next_token_shift as next_token_shift
 from .evaluate.effects import completion_gap as completion_gap
 from .evaluate.effects import answer_gap as answer_gap
 from .evaluate.effects import text_loss as text_loss
 from .evaluate.geometry import similarity as similarity
 from .evaluate.projections import projections as projections
-from .evaluate.sweeps import steered_tokens as steered_tokens
+from .evaluate.marks import steered_tokens as steered_tokens
 from .evaluate.geometry import multiplier_limit as multiplier_limit
 from .evaluate.sweeps import Sweep as Sweep
-from .evaluate.effects import TokenShift as TokenShift
+from .evaluate.shifts import TokenShift as TokenShift
 from .evaluate.effects import Effect as Effect
 from .evaluate.geometry import Similarity as Similarity
 from .evaluate.projections import Projections as Projections
@@ -72,7 +72,7 @@ from .display.controls import Control as Control
 from .display.sliders import Setting as Setting
 from .display.sliders import Range as Range
 from .display.explorer import explore as explore
-from .display.explorer import token_strip as token_strip
+from .display.strips import token_strip as token_strip
 from .markup import Html as Html
 
 __all__ = [name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, _ModuleType)]

@@ -12,17 +12,18 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from steering_vectors import ProjectionSet, Provenance, SteeringVector  # noqa: E402
 from steering_vectors.display import plots as p  # noqa: E402
-from steering_vectors.evaluate.effects import Effect, TokenShift
+from steering_vectors.evaluate.effects import Effect
 from steering_vectors.evaluate.geometry import Similarity
 from steering_vectors.evaluate.projections import Projections
 from steering_vectors.evaluate.results import TokenValues
+from steering_vectors.evaluate.shifts import TokenShift
 
-EFFECT = Effect("gap", "nats a token", (-1.0, 0.0, 1.0), torch.tensor([[-1.0, 0, 1], [0, 0.1, 0.5]]))
+EFFECT = Effect("gap", "nats per token", (-1.0, 0.0, 1.0), torch.tensor([[-1.0, 0, 1], [0, 0.1, 0.5]]))
 PROJECTIONS = Projections(("<s>", "a", "b"), (3, 4), torch.tensor([[9.0, 1, 2], [9, 3, 4]]))
 DRAWN = {
-    "effect": (p.plot_effect, EFFECT, "multiplier", "nats a token"),
-    "effects": (p.plot_effect, {"a": EFFECT, "b": EFFECT}, "multiplier", "nats a token"),
-    "layers": (p.plot_layers, {3: EFFECT, 6: EFFECT}, "layer", "nats a token per multiplier"),
+    "effect": (p.plot_effect, EFFECT, "multiplier", "nats per token"),
+    "effects": (p.plot_effect, {"a": EFFECT, "b": EFFECT}, "multiplier", "nats per token"),
+    "layers": (p.plot_layers, {3: EFFECT, 6: EFFECT}, "layer", "nats per token per multiplier"),
     "shift": (p.plot_shift, TokenShift(("a", "b"), (0.1, 0.2), (0.3, 0.1)), "probability", ""),
     "similarity": (p.plot_similarity, Similarity(("x", "y"), torch.eye(2)), "", ""),
     "tokens": (
@@ -148,8 +149,8 @@ def test_two_results_of_one_name_are_refused():
 
 
 def test_units_that_differ_are_all_written():
-    nats, logits = (Effect("gap", unit, (0.0, 1.0), torch.ones(2, 2)) for unit in ("nats a token", "logits"))
-    assert "(nats a token, logits)" in p.plot_effect({"a": nats, "b": logits}).get_ylabel()
+    nats, logits = (Effect("gap", unit, (0.0, 1.0), torch.ones(2, 2)) for unit in ("nats per token", "logits"))
+    assert "(nats per token, logits)" in p.plot_effect({"a": nats, "b": logits}).get_ylabel()
     assert p.plot_effect({"a": nats, "b": nats}).get_ylabel().count("nats") == 1
     plt.close("all")
 

@@ -1,17 +1,18 @@
-"""A function of a few values, with a slider for each.
+"""How does a function of a few values become something to move?
 
 Reading that a multiplier of 2 makes a model cheerful convinces less than moving a slider and
-watching it happen. A `Control` is that slider. It is a *view*: it holds no knowledge about
-steering, it calls a function with the values that were chosen and shows what comes back, so
-whatever it shows can be had without it.
+watching it happen. A `Control` is that slider. It is a *view*: it contains nothing about steering,
+it calls a function with the values that were chosen and shows what comes back, so whatever it shows
+can be had without it.
 
-The same control serves two readers. In a notebook every move calls the function. On a page without
-a kernel the function has been called beforehand at every point of a small grid, and the browser
-only chooses which result to show. `explore`, at the end, is a control over a model, a vector and a
-prompt.
+The same control serves two readers. In a notebook every move calls the function (live). On a page
+without a kernel the function has been called beforehand at every point of a small grid, and the
+browser only chooses which result to show (pages).
 
-The widgets themselves are those of `ipywidgets`. A plain install of the library has it; where it is
-missing, the error should name the cure rather than the symptom.
+`Control(view, layer=..., multiplier=...)` reads like a call of the view with several values at
+once. Each axis is a list, a `Range` or a `Setting` (sliders), and an attribute, to read and to set,
+so a program can do what a hand does; `output` is what the view returned. Results are kept: coming
+back to the same values costs nothing, and the grid of a page is made of the same results.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/display/controls.html
 """
@@ -22,117 +23,36 @@ Docs: https://OWNER.github.io/steering-vectors/reference/display/controls.html
 __all__ = ['Control']
 
 # %% ../../nbs/reference/display/controls.ipynb #57480823
-import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .pages import _page
-from .sliders import Setting, _key, _label, _label_words, _labels, _live_picker, _nearest_mark
+from .live import _Debounce, _Screen, _problem
+from .pages import _caption, _moving, _page
+from .sliders import Setting, _key, _label, _labels, _live_picker, _move, _position_of
 from .sliders import _start_value, _values, widgets
 from ..markup import as_html
 
-# %% ../../nbs/reference/display/controls.ipynb #7fbdfda9
-def _shown(markup: str, stale: bool) -> str:
-    "The result, faded while it is out of date."
-    return f'<div class="steer-output" style="opacity:{0.35 if stale else 1};line-height:1.5" aria-live="polite">{markup}</div>'
-
-# %% ../../nbs/reference/display/controls.ipynb #328ad4b9
-def _problem(error: Exception) -> str:
-    "An error as the result of a control."
-    words = escape(f"{type(error).__name__}: {error}")
-    style = "border-left:4px solid #D55E00;padding:.4em .8em;white-space:pre-wrap"
-    return f'<div class="steer-error" role="alert" style="{style}">{words}</div>'
-
-# %% ../../nbs/reference/display/controls.ipynb #d375016c
-class _Later:
-    "Call `action` once nobody has asked for `delay` seconds, on the loop that cells run on."
-
-    def __init__(self, action: Callable[[], object], delay: float) -> None:
-        self.action, self.delay = action, delay
-        self.timer: asyncio.TimerHandle | None = None
-        try:
-            self.loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            self.loop = None  # a plain program: nobody watches, results are computed when they are read
-
-    def ask(self) -> None:
-        if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._wait)  # frontends may deliver moves on another thread
-
-    def _wait(self) -> None:
-        assert self.loop is not None
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer = self.loop.call_later(self.delay, self.action)
-
-# %% ../../nbs/reference/display/controls.ipynb #91763ef4
-def _offer(picker: Any, values: Sequence[Any]) -> None:
-    "Add choices that a picker does not have yet, and leave it where it stands."
-    have = [v for _, v in picker.options]
-    chosen = have[picker.index]
-    if new := [(_label(v), v) for v in values if _nearest_mark(have, v) < 0]:
-        options = _in_order([*picker.options, *new])
-        picker.options = options  # which moves it to the first
-        picker.index = _nearest_mark([v for _, v in options], chosen)
-
-# %% ../../nbs/reference/display/controls.ipynb #ac8b1d8c
-def _in_order(options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    "Numbers by size, then the rest as it stands."
-    are_numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for _, v in options]
-    numbers = [option for option, is_number in zip(options, are_numbers, strict=True) if is_number]
-    rest = [option for option, is_number in zip(options, are_numbers, strict=True) if not is_number]
-    return [*sorted(numbers, key=lambda option: option[1]), *rest]
-
-# %% ../../nbs/reference/display/controls.ipynb #291deebf
-def _move(picker: Any, value: Any) -> None:
-    "Set the value of a picker, making room for it where needed."
-    if hasattr(picker, "options"):
-        _offer(picker, [value])
-        picker.index = _nearest_mark([v for _, v in picker.options], value)
-        return
-    if hasattr(picker, "max"):
-        picker.min, picker.max = min(picker.min, value), max(picker.max, value)
-    picker.value = value
-
-# %% ../../nbs/reference/display/controls.ipynb #f563604d
-def _quoted(label: str) -> str:
-    "A label of several words in quotation marks."
-    return f"“{label}”" if " " in label else label
-
-# %% ../../nbs/reference/display/controls.ipynb #f5ab241d
-def _told(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_label(value)}" for name, value in values.items())
-
-# %% ../../nbs/reference/display/controls.ipynb #3a86e974
-def _described(
-    axes: Mapping[str, Any],
-    start: Mapping[str, Any],
-) -> tuple[dict[str, tuple[list[str], bool, int]], str]:  # what `_page` asks for: axes, caption
-    "The axes that move, and a sentence on the grid."
-    values = {name: _values(axis) for name, axis in axes.items()}
-    moving = {n: (_labels(v), _label_words(v), _nearest_mark(v, start[n])) for n, v in values.items() if len(v) > 1}
-    quoted = {n: [_quoted(x) if words else x for x in labels] for n, (labels, words, _) in moving.items()}
-    grid = " × ".join(f"{name} {', '.join(labels)}" for name, labels in quoted.items())
-    rest = ", ".join(f"{name}: {_quoted(_label(v[0]))}" for name, v in values.items() if name not in moving)
-    return moving, f"Computed for {grid}" + (f"; {rest}" if rest else "") + ". Run the notebook for any other."
-
-# %% ../../nbs/reference/display/controls.ipynb #ee7c876f
-def _checked_value(axes: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
-    "Where each axis starts, after a look at whether that is possible."
-    if unknown := [name for name in start if name not in axes]:
+# %% ../../nbs/reference/display/controls.ipynb #20b5ea41
+def _start_values(axes: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
+    "Where each axis starts, checked."
+    unknown = [name for name in start if name not in axes]
+    if unknown:
         raise ValueError(f"No axis is called {unknown[0]!r}: this control has {', '.join(axes)}.")
     for name, axis in axes.items():
-        values = axis.choices if isinstance(axis, Setting) else _values(axis)
-        if not values and not isinstance(axis, Setting):
+        if not isinstance(axis, Setting) and not _values(axis):
             raise ValueError(f"The axis {name!r} has no values: give it at least one.")
-        first = start.get(name, _start_value(axis))
-        if values and _nearest_mark(values, first) < 0:
-            raise ValueError(
-                f"The axis {name!r} cannot start at {first!r}: choose one of {', '.join(_labels(values))}."
-            )
-    return {name: start.get(name, _start_value(axis)) for name, axis in axes.items()}
+    starts = {name: start[name] if name in start else _start_value(axis) for name, axis in axes.items()}
+    for name, axis in axes.items():
+        _check_start(name, axis, starts[name])
+    return starts
+
+# %% ../../nbs/reference/display/controls.ipynb #e82966a9
+def _check_start(name: str, axis: Any, start: Any) -> None:
+    "Refuse a start that is none of an axis's values."
+    values = axis.choices if isinstance(axis, Setting) else _values(axis)
+    if values and _position_of(values, start) < 0:
+        raise ValueError(f"The axis {name!r} cannot start at {start!r}: choose one of {', '.join(_labels(values))}.")
 
 # %% ../../nbs/reference/display/controls.ipynb #e848c181
 _RESERVED = "axes delay html output pickers progress refresh start to_html values view widget".split()
@@ -149,29 +69,41 @@ def _check_names(axes: Mapping[str, Any], start: Any, delay: Any) -> None:
             "and those that begin with an underscore."
         )
 
+# %% ../../nbs/reference/display/controls.ipynb #c0eb5963
+class _Results:
+    "What a view returned, with its markup, by the values it was called with."
+
+    def __init__(self, view: Callable[..., Any]) -> None:
+        self.view = view
+        self.kept: dict[str, tuple[Any, str]] = {}
+
+    def at(self, values: Mapping[str, Any]) -> tuple[Any, str]:
+        "The result and its markup."
+        key = _key(values)  # tokens may be a list or a mask, which no dictionary takes
+        if key not in self.kept:
+            value = self.view(**values)
+            self.kept[key] = value, as_html(value)
+        return self.kept[key]
+
 # %% ../../nbs/reference/display/controls.ipynb #55d2297e
 class Control:
     "A function of a few values, with something to move for each of them."
 
     def __init__(
         self,
-        view: Callable[..., Any],  # called with one value an axis, by name; returns something `as_html` shows
+        view: Callable[..., Any],  # called with one value per axis, by name; returns something `as_html` shows
         start: Mapping[str, Any] | None = None,  # where axes stand at first, if not where they begin
         delay: float = 0.3,  # seconds without a move before the view is called
         **axes: Any,  # name = list of choices, `Range` or `Setting`
     ) -> None:
         _check_names(axes, start, delay)
-        self.view, self.axes, self.start = view, axes, _checked_value(axes, start or {})
-        self._results: dict[str, tuple[Any, str]] = {}
-        self._last = ""
-        self._later = _Later(self.refresh, delay)
-        W = widgets()
-        self._bar = W.IntProgress(layout=W.Layout(width="100%", max_width="32em", height="8px", visibility="hidden"))
-        self._box = W.HTML(layout=W.Layout(width="100%"))
+        self.view, self.axes, self.start = view, axes, _start_values(axes, start or {})
+        self._results, self._screen = _Results(view), _Screen()
+        self._moved = _Debounce(self.refresh, delay)
         self.pickers = {name: _live_picker(name, axis, self.start[name]) for name, axis in axes.items()}
         for picker in self.pickers.values():
             picker.observe(self._changed, names="value")
-        self.widget = W.VBox([*self.pickers.values(), self._bar, self._box])
+        self.widget = widgets().VBox([*self.pickers.values(), self._screen.bar, self._screen.box])
 
     def __getattr__(self, name: str) -> Any:
         "The value of the axis `name`."
@@ -194,25 +126,22 @@ class Control:
 
     @property
     def output(self) -> Any:
-        "What the view returns for these values."
-        return self._result(self.values)[0]
+        "What the view returns for these values; its errors are raised."
+        return self._results.at(self.values)[0]
 
     @property
     def html(self) -> str:
         "What a live control shows for these values, an error included."
         self.refresh()
-        return str(self._box.value)
+        return str(self._screen.box.value)
 
     def refresh(self) -> None:
         "Show the result for these values."
         values = self.values
-        self._bar.value, self._bar.layout.visibility = 0, "visible"
-        try:
-            self._last = self._result(values)[1]
-        except Exception as error:  # whatever a view raises, the control lives on
-            self._last = _problem(error)
-        self._bar.layout.visibility = "hidden"
-        self._box.value = _shown(self._last, stale=_key(values) != _key(self.values))
+        self._screen.begin()
+        markup = _markup_of(self._results, values)
+        self._screen.busy(False)
+        self._screen.show(markup, stale=_key(values) != _key(self.values))
 
     def progress(
         self,
@@ -220,52 +149,66 @@ class Control:
         total: int,  # how much there is
     ) -> None:
         "Move the bar of a live control; a view may call it as it works."
-        self._bar.max, self._bar.value = total, done
+        self._screen.bar.max, self._screen.bar.value = total, done
 
     def to_html(self) -> str:  # markup that needs `embed.js`, and no kernel
         "The control with the results of its whole grid."
         combos = itertools.product(*map(_values, self.axes.values()))
-        cells = [self._result(dict(zip(self.axes, combo, strict=True)))[1] for combo in combos]
-        moving, caption = _described(self.axes, self.start)
-        return _page(moving, cells, caption)
+        cells = [self._results.at(dict(zip(self.axes, combo, strict=True)))[1] for combo in combos]
+        moving = _moving(self.axes, self.start)
+        return _page(moving, cells, _caption(self.axes, moving))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
         "The live control where there is a kernel, the whole grid where there is none."
         page = self.to_html()
-        self.refresh()
-        return {**self.widget._repr_mimebundle_(), "text/html": page, "text/plain": repr(self)}
+        return {**_live_bundle(self), "text/html": page}
 
     def _ipython_display_(self) -> None:
-        "In a notebook the live control is there at once; the grid of the page joins it when it is computed."
-        from IPython import get_ipython
-        from IPython.display import display
-
-        if not hasattr(get_ipython(), "kernel"):  # a terminal shows plain text, once
-            display(self._repr_mimebundle_(), raw=True)  # type: ignore[no-untyped-call]
-            return
-        self.refresh()
-        live = {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
-        shown = display(live, raw=True, display_id=True)  # type: ignore[no-untyped-call]
-        self._bar.layout.visibility = "visible"
-        try:
-            shown.update({**live, "text/html": self.to_html()}, raw=True)
-        finally:
-            self._bar.layout.visibility = "hidden"
+        _display(self)
 
     def __repr__(self) -> str:
-        try:
-            shown = str(self.output)
-        except Exception as error:
-            shown = f"{type(error).__name__}: {error}"
-        return f"Control({_told(self.values)})\n{shown}"
-
-    def _result(self, values: Mapping[str, Any]) -> tuple[Any, str]:
-        key = _key(values)  # tokens may be a list or a mask, which no dictionary takes
-        if key not in self._results:
-            value = self.view(**values)
-            self._results[key] = value, as_html(value)
-        return self._results[key]
+        values = ", ".join(f"{name} {_label(value)}" for name, value in self.values.items())
+        return f"Control({values})\n{_text_of(self._results, self.values)}"
 
     def _changed(self, change: object) -> None:
-        self._box.value = _shown(self._last, stale=True)
-        self._later.ask()
+        self._screen.fade()
+        self._moved.ask()
+
+# %% ../../nbs/reference/display/controls.ipynb #c3f85d13
+def _markup_of(results: _Results, values: Mapping[str, Any]) -> str:
+    "The markup of a result, or of the error that the view raised."
+    try:
+        return results.at(values)[1]
+    except Exception as error:
+        return _problem(error)
+
+# %% ../../nbs/reference/display/controls.ipynb #053769ce
+def _text_of(results: _Results, values: Mapping[str, Any]) -> str:
+    "A result as plain text, or the error that the view raised."
+    try:
+        return str(results.at(values)[0])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+# %% ../../nbs/reference/display/controls.ipynb #d839d218
+def _live_bundle(control: Control) -> dict[str, Any]:
+    "The live widget with its first result, and plain text."
+    control.refresh()
+    return {**control.widget._repr_mimebundle_(), "text/plain": repr(control)}
+
+# %% ../../nbs/reference/display/controls.ipynb #5e18728d
+def _display(control: Control) -> None:
+    "In a notebook the live control is there at once; the grid of the page joins it when it is computed."
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if not hasattr(get_ipython(), "kernel"):  # a terminal shows plain text, once
+        display(control._repr_mimebundle_(), raw=True)  # type: ignore[no-untyped-call]
+        return
+    live = _live_bundle(control)
+    shown = display(live, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+    control._screen.busy(True)
+    try:
+        shown.update({**live, "text/html": control.to_html()}, raw=True)
+    finally:
+        control._screen.busy(False)

@@ -1,4 +1,14 @@
-"""How far each token of a text lies along a vector.
+r"""How far does each token of a text lie along a vector?
+
+If a direction stands for a concept, the tokens of a text on that concept should lie along it.
+`projections` records the activations of a text and measures each token's component along the unit
+vector, $h \cdot v / \lVert v \rVert$, in the units of the activations. It sees what the next module
+sees: inside a steering context, the steered activations.
+
+A text is words as they stand, a conversation, a record with a prompt and a response, or ids. One
+text gives `Projections`; a list of texts gives a `ProjectionSet`, one result per text and their
+means as one tensor. `tokens` chooses what is looked at: `Tokens.generated` is a conversation's last
+message, or a record's response.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/projections.html
 """
@@ -17,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .arguments import _listed_texts, check_ids, front, in_model
-from .results import NotMeasured, TokenValues, _Keyed, token_texts
-from ..markup import html_table, text_table
+from .arguments import _listed_texts, check_ids, front_number, in_model
+from .results import NotMeasured, TokenValues, _Keyed, _Tabular, token_texts
+from ..markup import text_table
 from ..model.families import ModelLayerConfig
 from ..model.recording import record_activations
 from ..modes import undisturbed
@@ -47,7 +57,7 @@ class Projections(_Keyed):
 
     @property
     def mean(self) -> tuple[float, ...]:
-        "The average at each layer: over the chosen tokens, or over all but the first, whose size is a matter of its own."
+        "The average at each layer: over the chosen tokens, or over all but the first."
         first = 0 if self.chosen else min(1, self.values.shape[1] - 1)
         return tuple(self.values[:, first:].mean(1).tolist())
 
@@ -56,13 +66,8 @@ class Projections(_Keyed):
         return self.layers
 
     def __getitem__(self, layer: int) -> TokenValues:
-        "The tokens at one layer."
-        try:
-            number: Any = front(whole_number(layer), self.num_layers)
-        except TypeError:
-            number = None
-        if number not in self.layers:
-            raise NotMeasured(f"Layer {layer} was not measured: there are {', '.join(map(str, self.layers))}.")
+        "The tokens at one layer. Raises NotMeasured for any other."
+        number = _measured_layer(layer, self.layers, self.num_layers)
         row = self.values[self.layers.index(number)].tolist()
         return TokenValues(self.tokens, tuple(row), f"projection at layer {number}")
 
@@ -70,9 +75,21 @@ class Projections(_Keyed):
         rows = [[str(n), f"{m:+.2f}"] for n, m in zip(self.layers, self.mean, strict=True)]
         return text_table(["layer", "mean projection"], rows)
 
+# %% ../../nbs/reference/evaluate/projections.ipynb #7e4f18d5
+def _measured_layer(layer: Any, layers: Sequence[int], total: int | None) -> int:
+    "The number of a layer among those that were measured."
+    refusal = NotMeasured(f"Layer {layer} was not measured: there are {', '.join(map(str, layers))}.")
+    try:
+        number = front_number(whole_number(layer), total)
+    except TypeError:
+        raise refusal from None
+    if number not in layers:
+        raise refusal
+    return number
+
 # %% ../../nbs/reference/evaluate/projections.ipynb #ba9cdb0e
-@dataclass(frozen=True, eq=False)
-class ProjectionSet(Sequence[Projections]):
+@dataclass(frozen=True, eq=False, repr=False)
+class ProjectionSet(_Tabular, Sequence[Projections]):
     "The projections of several texts, in their order."
 
     texts: tuple[Projections, ...]  # n of them
@@ -104,22 +121,19 @@ class ProjectionSet(Sequence[Projections]):
         return len(self.texts)
 
     @property
-    def _rows(self) -> list[list[str]]:
-        words = [" ".join("".join(text.tokens).split()) for text in self.texts]
-        short = [text if len(text) <= 40 else text[:37] + "..." for text in words]
-        means = [[f"{m:+.2f}" for m in text.mean] for text in self.texts]
-        return [[str(i), *row, text] for i, (row, text) in enumerate(zip(means, short, strict=True))]
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[str]], str]:
+        head = ["text", *(f"layer {n}" for n in self.layers), "tokens"] if self.texts else []
+        return head, [_as_row(i, text) for i, text in enumerate(self.texts)], "Mean projection"
 
     def __repr__(self) -> str:
-        return (
-            text_table(["text", *(f"layer {n}" for n in self.layers), "tokens"], self._rows)
-            if self.texts
-            else "no texts"
-        )
+        return super().__repr__() if self.texts else "no texts"
 
-    def _repr_html_(self) -> str:
-        head = ["text", *(f"layer {n}" for n in self.layers), "tokens"] if self.texts else []
-        return html_table(head, self._rows, "Mean projection")
+# %% ../../nbs/reference/evaluate/projections.ipynb #cc02631a
+def _as_row(number: int, text: Projections) -> list[str]:
+    "A text's number, its means, and how it begins."
+    words = " ".join("".join(text.tokens).split())
+    short = words if len(words) <= 40 else words[:37] + "..."
+    return [str(number), *(f"{m:+.2f}" for m in text.mean), short]
 
 # %% ../../nbs/reference/evaluate/projections.ipynb #2e14852e
 def _chosen_of(
@@ -128,8 +142,7 @@ def _chosen_of(
     "Which tokens of one text are looked at."
     if not ids:
         raise ValueError(f"{name} has no tokens, so there is nothing to look at. Leave it out.")
-    prompt = prompt_length(tokenizer, text, ids, *how)
-    selection = one_row(tokens)
+    prompt, selection = prompt_length(tokenizer, text, ids, *how), one_row(tokens)
     if prompt is None and selection is not None and selection.needs_prompt:
         raise ValueError(
             f"{name} is words or ids, which do not tell where a reply begins, and {selection!r} needs to know. Give a "
@@ -142,21 +155,61 @@ def _chosen_of(
         )
     return mask
 
-# %% ../../nbs/reference/evaluate/projections.ipynb #cf6ed6e6
-def _read(
+# %% ../../nbs/reference/evaluate/projections.ipynb #7f5ccf63
+def _masks_of(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[Any],
+    ids: list[list[int]],
+    tokens: Any,
+    how: tuple[Any, ...],
+    one: bool,
+) -> list[Tensor]:  # (s,) bool each
+    "Which tokens of each text are looked at; errors name the text by its number, unless it is the only one."
+    names = ["This text"] if one else [f"Text {i}" for i in range(len(texts))]
+    each = zip(texts, ids, names, strict=True)
+    return [_chosen_of(tokenizer, text, row, tokens, how, name) for text, row, name in each]
+
+# %% ../../nbs/reference/evaluate/projections.ipynb #540da31d
+def _components(
     model: "PreTrainedModel", vector: SteeringVector, rows: Sequence[list[int]], layer_config: "ModelLayerConfig | None"
 ) -> list[Tensor]:  # (k, s) each, on the CPU
     "The components of a batch of texts, padded on the right."
     ids = pad_sequence([torch.tensor(row, device=CPU) for row in rows], batch_first=True)
-    real = torch.arange(ids.shape[1], device=CPU) < torch.tensor([[len(row)] for row in rows], device=CPU)
-    layers, where = list(vector.layer_activations), model.device
+    lengths = torch.tensor([[len(row)] for row in rows], device=CPU)
+    is_token = torch.arange(ids.shape[1], device=CPU) < lengths
+    layers, device = list(vector.layer_activations), model.device
     with undisturbed(model), record_activations(model, vector.layer_type, layer_config, layer_nums=layers) as seen:
-        model(input_ids=ids.to(where), attention_mask=real.long().to(where))
+        model(input_ids=ids.to(device), attention_mask=is_token.long().to(device))
     found = []
     for layer, direction in vector.layer_activations.items():
         v = direction.detach().float().cpu()
         found.append(seen[layer][0].float().cpu() @ v / v.norm().clamp_min(1e-30))
     return [torch.stack([layer[i, : len(row)] for layer in found]) for i, row in enumerate(rows)]
+
+# %% ../../nbs/reference/evaluate/projections.ipynb #ba0e9f24
+def _all_components(
+    model: "PreTrainedModel",
+    vector: SteeringVector,
+    rows: Sequence[list[int]],
+    batch_size: int,
+    layer_config: "ModelLayerConfig | None",
+) -> list[Tensor]:  # (k, s) each, on the CPU
+    "The components of any number of texts, a batch at a time."
+    found: list[Tensor] = []
+    for i in range(0, len(rows), batch_size):
+        found += _components(model, vector, rows[i : i + batch_size], layer_config)
+    return found
+
+# %% ../../nbs/reference/evaluate/projections.ipynb #14192311
+def _one_vector(model: "PreTrainedModel", vector: SteeringVector | Steering) -> tuple[Steering, SteeringVector, int]:
+    "The steering, its vector with layers in order, and the layers of the model."
+    subject = in_model(model, vector)
+    if len(subject.parts) > 1:
+        raise TypeError("projections takes one vector, and this is a list. Call it for each of them.")
+    steering, found = subject.parts[0]
+    if not found:
+        raise ValueError("The vector has no layers, so there is nothing to project on.")
+    return steering, found[sorted(found)], subject.total
 
 # %% ../../nbs/reference/evaluate/projections.ipynb #1d242553
 @overload
@@ -171,7 +224,7 @@ def projections(  # type: ignore[overload-overlap]  # a conversation is a list a
     template: Template | None = None,
 ) -> Projections: ...
 
-
+# %% ../../nbs/reference/evaluate/projections.ipynb #d3f12234
 @overload
 def projections(
     model: "PreTrainedModel",
@@ -184,7 +237,7 @@ def projections(
     template: Template | None = None,
 ) -> ProjectionSet: ...
 
-
+# %% ../../nbs/reference/evaluate/projections.ipynb #0f510c89
 def projections(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -195,26 +248,18 @@ def projections(
     add_generation_prompt: bool | None = None,  # put an answer's header after a conversation
     template: Template | None = None,  # arguments of the chat template
 ) -> Projections | ProjectionSet:  # of a text, or of each text of a list
-    "The component of each token of `text` along `vector`, at each of its layers."
+    """The component of each token of `text` along `vector`, at each of its layers.
+
+    Raises ValueError where a text has none of the tokens that are asked for, TypeError for a list of vectors."""
     size, how = as_count(batch_size, "batch_size"), (add_generation_prompt, template)
-    texts, alone = _listed_texts(text)
-    subject = in_model(model, vector)
-    if len(subject.parts) > 1:
-        raise TypeError("projections takes one vector, and this is a list. Call it for each of them.")
-    (steering, here), total = subject.parts[0], subject.total
-    if not here:
-        raise ValueError("The vector has no layers, so there is nothing to project on.")
-    here = here[sorted(here)]
+    texts, without_list = _listed_texts(text)
+    steering, found, total = _one_vector(model, vector)
     ids = texts_ids(tokenizer, texts, *how)
     check_ids(model, ids)
-    names = ["This text"] if alone else [f"Text {i}" for i in range(len(texts))]
-    each = zip(texts, ids, names, strict=True)
-    masks = [_chosen_of(tokenizer, one, row, tokens, how, name) for one, row, name in each]
-    rows = [
-        row for i in range(0, len(ids), size) for row in _read(model, here, ids[i : i + size], steering.layer_config)
-    ]
-    found = []
+    masks = _masks_of(tokenizer, texts, ids, tokens, how, without_list)
+    rows = _all_components(model, found, ids, size, steering.layer_config)
+    layers, chosen, results = tuple(found.layer_activations), tokens is not None, []
     for row, numbers, mask in zip(rows, ids, masks, strict=True):
-        words = [word for word, on in zip(token_texts(tokenizer, numbers), mask.tolist(), strict=True) if on]
-        found.append(Projections(tuple(words), tuple(here.layer_activations), row[:, mask], tokens is not None, total))
-    return found[0] if alone else ProjectionSet(tuple(found))
+        words = token_texts(tokenizer, torch.tensor(numbers, device=CPU)[mask].tolist())
+        results.append(Projections(words, layers, row[:, mask], chosen, total))
+    return results[0] if without_list else ProjectionSet(tuple(results))
