@@ -28,8 +28,9 @@ from torch import Tensor
 
 from ..model.layers import _spans, resolve_layers
 from ..numbers import listed, whole_number
+from ..steer.checks import _check_width
 from ..steer.places import one_row
-from ..steer.steering import Steering, SteeringPatchHandle, _check_width, as_steering
+from ..steer.steering import Steering, SteeringPatchHandle, as_steering
 from ..steer.tokens import Tokens
 from ..train.chats import is_messages
 from ..train.texts import as_record
