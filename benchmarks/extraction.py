@@ -243,7 +243,7 @@ def limit(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, flo
 
 
 def kernels(model: Any, tokenizer: Any, file: str | None, n: int, repeats: int) -> dict[str, Any]:
-    "Training with all fast kernels, with each left out, and with none: times in turn, as medians of ratios."
+    "Training with all fast kernels, with each left out, and with none, in turn: medians of ratios, wall and processor time."
     from statistics import median
 
     from steering_vectors import train_steering_vector
@@ -252,23 +252,25 @@ def kernels(model: Any, tokenizer: Any, file: str | None, n: int, repeats: int) 
     pairs, found = pairs_of(tokenizer, file, n), {}
     variants = {"all": None, **{f"without {name}": (name,) for name in KERNELS}, "none": KERNELS}
 
-    def seconds(left_out: tuple[str, ...] | None, layers: list[int] | None) -> float:
+    def seconds(left_out: tuple[str, ...] | None, layers: list[int] | None) -> tuple[float, float]:
         with plain_kernels(*left_out) if left_out else nullcontext():
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             train_steering_vector(model, tokenizer, pairs, layers=layers)
-            return time.perf_counter() - start
+            return time.perf_counter() - wall, time.process_time() - cpu
 
-    print(f"{'time, relative to all kernels':32s} {'median':>7s} {'least':>7s} {'most':>7s}")
+    print(
+        f"{len(pairs)} pairs, {repeats} rounds      time, relative to all kernels: wall (least to most)   processor (least to most)"
+    )
     for layers in (None, [15]):
         for left_out in variants.values():
             seconds(left_out, layers)  # the check of the strategy is made once and not measured
         rounds = [{name: seconds(left_out, layers) for name, left_out in variants.items()} for _ in range(repeats)]
         where = "all layers" if layers is None else f"layer {layers[0]}"
-        print(f"{where}: {median(times['all'] for times in rounds):.2f} s with all kernels")
         for name in variants:
-            ratios = [times[name] / times["all"] for times in rounds]
-            found[f"{where}, {name}"] = median(ratios)
-            print(f"{name:>32s} {median(ratios):7.2f} {min(ratios):7.2f} {max(ratios):7.2f}", flush=True)
+            ratios = [[times[name][clock] / times["all"][clock] for times in rounds] for clock in (0, 1)]
+            found[f"{where}, {name}"] = [median(r) for r in ratios]
+            shown = "   ".join(f"{median(r):6.2f} ({min(r):.2f} to {max(r):.2f})" for r in ratios)
+            print(f"{where:12s} {name:24s} {shown}", flush=True)
     return found
 
 

@@ -22,11 +22,12 @@ from ..steer.tokens import Tokens
 from .chats import Template
 from .distributed import Distributed, Ranks, ranks
 from .prompts import Text
-from .reading import ReadTokenIndex, Truncation
+from .reading import ReadTokenIndex
 from .requests import Reading, Request, check_model, check_request
 from .samples import TrainingSample, sample_rows
 from .schedules import by_regime, context_length, read_by_strategy, token_budget_of
 from .strategies import remembered_strategy
+from .texts import Truncation
 from .windows import Encoded, SamplesRead, add_window, check_vocabulary, count_texts, encode_rows
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from ..steer.tokens import Tokens
 from .chats import Template
 from .distributed import Distributed, fingerprint
 from .prompts import check_tokenizer
-from .reading import ReadTokenIndex, TextSettings, Truncation
+from .reading import ReadTokenIndex
+from .texts import TextSettings, Truncation
 
 # %% ../../nbs/reference/train/requests.ipynb #cfc965eb
 Reading = Tokens | ReadTokenIndex  # what is read of a text: several tokens, averaged; or one

@@ -24,9 +24,10 @@ from .chats import Template
 from .distributed import Distributed, Ranks
 from .extraction import ActivationStore, Collector, joined, read_on_all_ranks
 from .prompts import Text
-from .reading import ReadTokenIndex, Truncation
+from .reading import ReadTokenIndex
 from .requests import Reading, Request, describe
 from .samples import TrainingSample, as_sets
+from .texts import Truncation
 from .windows import SamplesRead
 from ..vectors.provenance import Provenance, library_version
 from ..vectors.vector import SteeringVector
