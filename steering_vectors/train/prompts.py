@@ -45,10 +45,10 @@ def added_tokens(
 ) -> tuple[list[int], list[int]]:  # ids in front, ids at the end
     "What the tokenizer puts around every text."
     for word in ("a", "A", "0", "the"):
-        whole, alone = list(tokenizer(word)["input_ids"]), bare_ids(tokenizer, word)
-        for i in range(len(whole) - len(alone) + 1 if alone else 0):
-            if whole[i : i + len(alone)] == alone:
-                return whole[:i], whole[i + len(alone) :]
+        whole, bare = list(tokenizer(word)["input_ids"]), bare_ids(tokenizer, word)
+        for i in range(len(whole) - len(bare) + 1 if bare else 0):
+            if whole[i : i + len(bare)] == bare:
+                return whole[:i], whole[i + len(bare) :]
     return [], []
 
 # %% ../../nbs/reference/train/prompts.ipynb #13649fde
