@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..model.families import BLOCK_ENDINGS
 from ..model.hooks import get_hidden
-from .packing import Row, block_mask, blocks
+from .packing import AttentionReach, Row, additive_mask, block_mask, blocks
 
 # %% ../../nbs/reference/train/kernels.ipynb #d09cd125
 KERNELS = ("onednn", "tree_attention", "shortcut")
@@ -41,7 +41,9 @@ def plain_kernels(
     Raises ValueError for an unknown name."""
     chosen = set(names or KERNELS)
     if unknown := chosen - set(KERNELS):
-        raise ValueError(f"Unknown kernel {min(unknown)!r}. Choose from {', '.join(KERNELS)}; no name means all of them.")
+        raise ValueError(
+            f"Unknown kernel {min(unknown)!r}. Choose from {', '.join(KERNELS)}; no name means all of them."
+        )
     before = set(_switched_off)
     _switched_off.update(chosen)
     try:
