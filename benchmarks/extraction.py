@@ -5,6 +5,9 @@
     python benchmarks/extraction.py --limit [FILE.jsonl]      # 1,000 pairs against one bare pass over the same rows
     python benchmarks/extraction.py --memory                  # 20,000 short pairs against 2,000
     python benchmarks/extraction.py --bfloat16 [FILE.jsonl]   # how far from float32, and whether branches leak
+    python benchmarks/extraction.py --kernels [FILE.jsonl]    # what each fast kernel gains, as ratios
+
+`--plain-kernels` trains without the fast kernels (steering_vectors.train.kernels) in the table and with `--limit`.
 
 A file holds one question a line, as {"question", "answer_matching_behavior", "answer_not_matching_behavior"}. Each question
 goes through the model's chat template, and the two answers make the pair. Either library runs in a process of its own, since
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +103,23 @@ def worker(folder: str, dtype: str, device: str) -> None:
         print(json.dumps({"wall": wall, "cpu": cpu, "extra": rss() - before}), flush=True)
 
 
+def without_kernels(plain: bool) -> AbstractContextManager[None]:
+    "A context without the fast kernels, where that is asked for."
+    if not plain:
+        return nullcontext()
+    from steering_vectors.train.kernels import plain_kernels
+
+    return plain_kernels()
+
+
 class Worker:
     "A process that runs one of the two libraries."
 
-    def __init__(self, folder: str, dtype: str, device: str, library: Path | None = None):
+    def __init__(self, folder: str, dtype: str, device: str, library: Path | None = None, plain: bool = False):
         path = str(library) if library else str(ROOT)
         env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, "--worker", folder, "--dtype", dtype, "--device", device]
+        command += ["--plain-kernels"] * plain
         self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.answer()
 
@@ -154,7 +168,7 @@ def table(folder: str, tokenizer: Any, files: list[str | None], args: argparse.N
         for layers in (None, [15]):
             with (
                 tempfile.TemporaryDirectory() as temp,
-                Worker(folder, args.dtype, args.device) as ours,
+                Worker(folder, args.dtype, args.device, plain=args.plain_kernels) as ours,
                 Worker(folder, args.dtype, args.device, library) as theirs,
             ):
                 job = {"file": file, "pairs": args.pairs, "layers": layers}
@@ -195,7 +209,7 @@ def limit(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, flo
 
     from steering_vectors import train_steering_vector
     from steering_vectors.train.batches import inner_model
-    from steering_vectors.train.kernels import FastKernels
+    from steering_vectors.train.kernels import fast_kernels
     from steering_vectors.train.reading import encode_samples
     from steering_vectors.train.schedules import Strategy, plan_batches, token_budget_of
     from steering_vectors.train.strategies import _verdicts
@@ -209,7 +223,7 @@ def limit(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, flo
         wall, cpu = time.perf_counter(), time.process_time()
         with torch.no_grad():
             for one in packed:
-                with FastKernels(one.attention):
+                with fast_kernels(one.attention):
                     inner(**one.inputs, use_cache=False)
         return time.perf_counter() - wall, time.process_time() - cpu
 
@@ -226,6 +240,38 @@ def limit(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, flo
           f"{trained[0] / passes[0]:.3f} times (processor time: {passes[1]:.2f} s, {trained[1]:.2f} s, {trained[1] / passes[1]:.3f} times)")  # fmt: skip
     return {"pairs": len(pairs), "tokens": tokens, "bare": passes[0], "training": trained[0], "times": trained[0] / passes[0],
             "cpu_times": trained[1] / passes[1]}  # fmt: skip
+
+
+def kernels(model: Any, tokenizer: Any, file: str | None, n: int, repeats: int) -> dict[str, Any]:
+    "Training with all fast kernels, with each left out, and with none, in turn: medians of ratios, wall and processor time."
+    from statistics import median
+
+    from steering_vectors import train_steering_vector
+    from steering_vectors.train.kernels import KERNELS, plain_kernels
+
+    pairs, found = pairs_of(tokenizer, file, n), {}
+    variants = {"all": None, **{f"without {name}": (name,) for name in KERNELS}, "none": KERNELS}
+
+    def seconds(left_out: tuple[str, ...] | None, layers: list[int] | None) -> tuple[float, float]:
+        with plain_kernels(*left_out) if left_out else nullcontext():
+            wall, cpu = time.perf_counter(), time.process_time()
+            train_steering_vector(model, tokenizer, pairs, layers=layers)
+            return time.perf_counter() - wall, time.process_time() - cpu
+
+    print(
+        f"{len(pairs)} pairs, {repeats} rounds      time, relative to all kernels: wall (least to most)   processor (least to most)"
+    )
+    for layers in (None, [15]):
+        for left_out in variants.values():
+            seconds(left_out, layers)  # the check of the strategy is made once and not measured
+        rounds = [{name: seconds(left_out, layers) for name, left_out in variants.items()} for _ in range(repeats)]
+        where = "all layers" if layers is None else f"layer {layers[0]}"
+        for name in variants:
+            ratios = [[times[name][clock] / times["all"][clock] for times in rounds] for clock in (0, 1)]
+            found[f"{where}, {name}"] = [median(r) for r in ratios]
+            shown = "   ".join(f"{median(r):6.2f} ({min(r):.2f} to {max(r):.2f})" for r in ratios)
+            print(f"{where:12s} {name:24s} {shown}", flush=True)
+    return found
 
 
 def memory_of(n: int) -> None:
@@ -271,29 +317,29 @@ def bfloat16(model: Any, tokenizer: Any, file: str | None, n: int) -> dict[str, 
     texts = dict(enumerate(text for p in encode_samples(tokenizer, pairs_of(tokenizer, file, n)) for text in p))
     inner, modules = inner_model(model), Request().modules(model)
 
-    def read(way: Strategy, texts: dict[int, Any]) -> torch.Tensor:
+    def read(strategy: Strategy, texts: dict[int, Any]) -> torch.Tensor:
         "Activations (layers, texts, d), as computed."
         with torch.no_grad(), PassReader(inner, modules) as reader:
-            done = [(job.numbers, reader.run(job.make())) for job in plan_batches(way, inner, texts, 2048)]
+            done = [(job.numbers, reader.run(job.make())) for job in plan_batches(strategy, inner, texts, 2048)]
         at = {number: i for i, number in enumerate(n for numbers, _ in done for n in numbers)}
         return torch.stack([torch.cat([acts[layer] for _, acts in done])[[at[n] for n in texts]] for layer in modules])
 
     def differences(h: torch.Tensor) -> torch.Tensor:
         return h[:, 0::2] - h[:, 1::2]
 
-    def apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def relative(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a - b).norm(dim=-1) / b.norm(dim=-1)
 
     exact = read(Strategy("single"), texts)
     model.to(torch.bfloat16)
     by_pair, found = {}, {}
     print("bfloat16 from float32, over all layers:   a text   a pair's difference   the vector (worst layer)")
-    for name, way in {"one text a pass": "single", "padded batches": "padded", "packed rows": "packed"}.items():
-        h = read(Strategy(way), texts).float()
-        by_pair[way] = apart(differences(h), differences(exact)).mean(0)
-        vector = apart(differences(h).mean(1), differences(exact).mean(1))
-        line = [float(x) for x in (apart(h, exact).mean(), by_pair[way].mean(), vector.mean(), vector.max())]
-        found[way] = line
+    for name, kind in {"one text a pass": "single", "padded batches": "padded", "packed rows": "packed"}.items():
+        h = read(Strategy(kind), texts).float()
+        by_pair[kind] = relative(differences(h), differences(exact)).mean(0)
+        vector = relative(differences(h).mean(1), differences(exact).mean(1))
+        line = [float(x) for x in (relative(h, exact).mean(), by_pair[kind].mean(), vector.mean(), vector.max())]
+        found[kind] = line
         print(f"{name:40s}{line[0]:8.4f}{line[1]:21.4f}{line[2]:13.4f} ({line[3]:.3f})")
     more = by_pair["packed"] - by_pair["single"]
     error = float(more.std() / len(more) ** 0.5)
@@ -319,12 +365,15 @@ def main() -> None:
     parser.add_argument("--limit", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--plain-kernels", action="store_true")
     parser.add_argument("--json", help="write the numbers here, beside what is there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.dtype, args.device)
+        with without_kernels(args.plain_kernels):
+            return worker(args.worker, args.dtype, args.device)
     if args.memory_of:
         return memory_of(args.memory_of)
     if args.memory:
@@ -346,8 +395,12 @@ def main() -> None:
         model, tokenizer = load_demo_model()
     model = model.to(args.device).eval()
     files = args.files or [None]
+    if args.kernels:
+        return keep(args.json, "kernels", kernels(model, tokenizer, files[0], args.pairs, max(args.repeats, 5)))
     if args.limit:
-        return keep(args.json, "limit", limit(model, tokenizer, files[0], 1000 if args.pairs == 48 else args.pairs))
+        with without_kernels(args.plain_kernels):
+            numbers = limit(model, tokenizer, files[0], 1000 if args.pairs == 48 else args.pairs)
+        return keep(args.json, "limit", numbers)
     if args.bfloat16:
         return keep(args.json, "bfloat16", bfloat16(model, tokenizer, files[0], args.pairs))
     with tempfile.TemporaryDirectory() as folder:

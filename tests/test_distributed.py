@@ -204,14 +204,14 @@ def test_processes_that_nobody_has_set_up_share_or_stay_alone(tmp_path: Path) ->
     train(pairs, template=tools)
 
     # one process alone
-    distributed.PATIENCE, distributed.WORD_AFTER = 1.5, 0.2
+    distributed.TIMEOUT, distributed.WARN_AFTER = 1.5, 0.2
     if rank == 0:
         lines.clear()
         refused("for rank 1. Samples are shared out", RuntimeError, lambda: train(pairs))
         assert any("Rank 0 waits for rank 1" in line for line in lines)
     else:
         time.sleep(3)
-    distributed.PATIENCE = 60
+    distributed.TIMEOUT = 60
     assert same(train(pairs), shared)
     """)  # fmt: skip
 
@@ -231,12 +231,12 @@ def test_a_process_group_is_used_as_it_is(tmp_path: Path) -> None:
     refused("distributed= takes False", TypeError, lambda: train(pairs, distributed=True))
     refused("distributed= takes False", TypeError, lambda: extract_activations(model, tokenizer, pairs, distributed="gloo"))
 
-    # one process alone waits no longer than its patience, and both meet again
-    distributed.PATIENCE = 1.0
+    # one process alone waits no longer than its timeout, and both meet again
+    distributed.TIMEOUT = 1.0
     if rank == 0:
         refused("distributed=False", RuntimeError, lambda: train(pairs))
     dist.barrier()
-    distributed.PATIENCE = 60
+    distributed.TIMEOUT = 60
     assert same(train(pairs), alone)
 
     # sets without pairs, several readings, windows that end unevenly
@@ -266,18 +266,18 @@ def test_a_wait_that_was_broken_off_leaves_no_trace(monkeypatch: pytest.MonkeyPa
     store = torch.distributed.HashStore()
     store.set("call/2", "here")
     with pytest.raises(RuntimeError, match=r"Rank 0 has waited 0 s for ranks 1, 3\. .* distributed=False"):
-        distributed.meet(store, "call", 0, [0, 1, 2, 3], patience=0.02)
+        distributed.wait_for_members(store, "call", 0, [0, 1, 2, 3], timeout=0.02)
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(distributed.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        distributed.meet(store, "call", 0, [0, 1, 2, 3])
+        distributed.wait_for_members(store, "call", 0, [0, 1, 2, 3])
     assert not store.check(["call/0"]) and store.check(["call/2"])
     for rank in (1, 3):
         store.set(f"call/{rank}", "here")
-    distributed.meet(store, "call", 0, [0, 1, 2, 3])
+    distributed.wait_for_members(store, "call", 0, [0, 1, 2, 3])
     assert store.check(["call/0"])
 
 

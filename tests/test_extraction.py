@@ -29,7 +29,7 @@ from steering_vectors import (
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.model.families import LAYER_TYPES
 from steering_vectors.model.layers import resolve_layers
-from steering_vectors.train import extraction, schedules, strategies
+from steering_vectors.train import extraction, kernels, schedules, strategies
 
 KINDS = ["llama", "gpt2", "gemma2", "opt", "mistral", "gemma3", "qwen2", "qwen3", "phi3", "gpt_neox", "falcon"]
 HEAD = "You are a kind assistant who keeps to the point and answers in a few words only. "
@@ -178,8 +178,8 @@ def said() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-def way_of(model: nn.Module) -> schedules.Strategy:
-    return list(strategies._verdicts[model].values())[-1].way
+def strategy_of(model: nn.Module) -> schedules.Strategy:
+    return list(strategies._verdicts[model].values())[-1].strategy
 
 
 def test_the_way_is_said_and_remembered() -> None:
@@ -200,21 +200,21 @@ def test_a_window_is_counted_in_depth() -> None:
     for kind in ("mistral", "gemma2", "gemma3"):
         model = tiny_model(kind)
         check(model, PAIRS)
-        assert way_of(model).kind == "packed"
+        assert strategy_of(model).kind == "packed"
 
 
 def test_a_model_that_counts_columns_is_not_packed() -> None:
     model = tiny_model("llama")
     model.model.embed_tokens.register_forward_hook(lambda m, a, h: h + torch.arange(h.shape[1])[None, :, None] * 0.01)
     check(model, PAIRS)
-    assert way_of(model).kind != "packed"
+    assert strategy_of(model).kind != "packed"
 
 
 def test_a_model_that_looks_ahead_is_read_one_by_one() -> None:
     model = tiny_model("llama")
     model.model.embed_tokens.register_forward_hook(lambda m, a, h: h + h.mean(1, keepdim=True))
     check(model, PAIRS)
-    assert way_of(model).kind == "single"
+    assert strategy_of(model).kind == "single"
 
 
 def test_steering_while_extracting() -> None:
@@ -234,7 +234,7 @@ def test_a_wide_model(kind: str) -> None:
     pairs = [(f"{HEAD}Number {n} is {n % 7} fine", f"{HEAD}Number {n} is {n % 5} poor") for n in range(20)]
     model = tiny_model(kind, hidden_size=256)
     check(model, pairs, tolerance=2e-5)
-    assert way_of(model).kind == "packed"
+    assert strategy_of(model).kind == "packed"
 
 
 def test_rope_regimes_are_kept_apart() -> None:
@@ -492,9 +492,9 @@ def test_in_half_precision_no_wrong_way_is_taken() -> None:
         with families.quiet():
             model: Any = families.build("blenderbot-small").to(dtype)
             extract_activations(model, tiny_tokenizer(), PAIRS)
-        assert way_of(model).kind == "continued"
+        assert strategy_of(model).kind == "continued"
     check(model.to(torch.float32), PAIRS, tolerance=1e-5)
-    assert way_of(model).kind == "continued"
+    assert strategy_of(model).kind == "continued"
 
 
 def test_another_thread_generates_meanwhile() -> None:
@@ -528,9 +528,9 @@ def test_a_cache_that_cannot_be_continued_gives_way(monkeypatch: pytest.MonkeyPa
         model: Any = families.build("bloom").to(torch.float32)
         monkeypatch.setattr(schedules, "continued_batch", fail)
         monkeypatch.setattr(strategies, "continued_batch", fail)
-        monkeypatch.setattr(strategies, "_apart", lambda inner, modules, way, *rest: float(way.kind == "packed"))
+        monkeypatch.setattr(strategies, "_distance", lambda strategy, *rest: float(strategy.kind == "packed"))
         check(model, PAIRS, tolerance=2e-5)
-    assert list(strategies._verdicts[model].values())[-1].way.kind == "padded"
+    assert list(strategies._verdicts[model].values())[-1].strategy.kind == "padded"
 
 
 # --- several readings in one pass
@@ -582,7 +582,7 @@ def test_several_readings_are_what_separate_calls_read(way: str) -> None:
             made.append(list(passes))
         handle.remove()
         assert made[0] == made[1]  # not one pass or token more than for one reading
-    assert way_of(model).kind == way.partition(",")[0]
+    assert strategy_of(model).kind == way.partition(",")[0]
     assert list(found) == list(WHERE)
     for name in WHERE:
         for a, b in zip(found[name], alone[name], strict=True):
@@ -878,3 +878,51 @@ def test_a_processor_is_refused_in_words() -> None:
     for call in (train_steering_vector, extract_activations):
         with pytest.raises(TypeError, match="SomeProcessor is a processor"):
             call(tiny_model("llama"), SomeProcessor(), PAIRS)  # type: ignore[operator]
+
+
+# --- the fast kernels, and their switch
+
+
+def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    "Calls of each fast kernel from here on."
+    calls = dict.fromkeys(kernels.KERNELS, 0)
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return call(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(kernels, "_onednn_linear", counted("onednn", kernels._onednn_linear))
+    monkeypatch.setattr(kernels, "_ending", counted("shortcut", kernels._ending))
+    monkeypatch.setattr(kernels.TreeAttention, "__call__", counted("tree_attention", kernels.TreeAttention.__call__))
+    return calls
+
+
+@pytest.mark.parametrize("left_out", [*kernels.KERNELS, "all"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_fast_kernels_agree_with_plain_ones_and_can_be_switched_off(
+    kind: str, left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model(kind, hidden_size=256), tiny_tokenizer()
+    pairs = [(f"Day {n}: {'so ' * (n % 5)}fine", f"Day {n}: {'so ' * (n % 5)}bad") for n in range(40)]
+    names = kernels.KERNELS if left_out == "all" else (left_out,)
+    calls = count_kernel_calls(monkeypatch)
+    with families.quiet():
+        fast = extract_activations(model, tokenizer, pairs)
+        assert all(calls[name] for name in kernels.KERNELS if name != "onednn" or kernels._HAS_ONEDNN), calls
+        calls.update(dict.fromkeys(calls, 0))
+        with kernels.plain_kernels(*names):
+            plain = extract_activations(model, tokenizer, pairs)
+    assert not any(calls[name] for name in names), calls
+    assert strategy_of(model).kind == "packed"
+    for side in (0, 1):
+        for n in fast[side]:
+            assert apart(fast[side][n], plain[side][n]) <= 1e-5, n
+
+
+def test_the_switch_comes_back_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), kernels.plain_kernels():
+        1 / 0  # noqa: B018
+    assert kernels.active_kernels() == set(kernels.KERNELS)

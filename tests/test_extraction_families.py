@@ -47,7 +47,7 @@ def test_family(name: str) -> None:
         found = extract_activations(model, tiny_tokenizer(), PAIRS)
         names = dict(resolve_layers(model, "decoder_block"))
         wanted = [plain(model, names, [pair[side] for pair in PAIRS]) for side in (0, 1)]
-    way = list(_verdicts[model].values())[-1].way
+    way = list(_verdicts[model].values())[-1].strategy
     WAYS[name] = way.kind
     if found[0][0].shape != wanted[0][0].shape:
         pytest.skip("its blocks return several streams a token, which the loop here does not tell apart")

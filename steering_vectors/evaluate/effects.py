@@ -132,7 +132,7 @@ def _contrasts(
 ) -> list[Contrast]:
     "Prompts with two continuations each, checked."
     form = "(prompt, what matches, what does not)"
-    found = _as_list(contrasts)
+    found = _listed_contrasts(contrasts)
     if not found:
         raise ValueError(f"No {what}s: give a list of at least one {form}; this is {contrasts!r:.60}.")
     for i, contrast in enumerate(found):
@@ -144,7 +144,7 @@ def _contrasts(
     return [(prompt, first, second) for prompt, first, second in found]
 
 # %% ../../nbs/reference/evaluate/effects.ipynb #8ca9224b
-def _as_list(values: Any) -> list[Any]:
+def _listed_contrasts(values: Any) -> list[Any]:
     "The members of a collection; none where it is a text, a mapping or no collection."
     if isinstance(values, (str, bytes, Mapping)):
         return []

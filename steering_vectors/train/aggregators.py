@@ -1,4 +1,4 @@
-"""From many pairs of activations to one direction.
+"""How do many activations become one direction?
 
 At one layer, the positive texts have left `n` activations and the negative texts `m`: two matrices
 of shape `(n, d)` and `(m, d)`. An aggregator is any function of these two that returns one vector
@@ -7,15 +7,14 @@ the library: `mean_aggregator`, `pca_aggregator` and `logistic_aggregator`; `agg
 applies one to every layer.
 
 Where texts come in pairs, `n = m` and row `i` of both matrices belongs to pair `i`. Two sets
-without pairs, true statements and false ones, are usually of unequal length; then there is nothing
-to subtract row by row, and each section below tells what its method does instead.
+without pairs are usually of unequal length; then there is nothing to subtract row by row, and each
+method does something else instead.
 
-All three compute in float32 at least, whatever the model's precision, and answer in the
-activations' own dtype. In bfloat16 a sum of a few hundred numbers has lost its small terms long
-before it ends.
+All three compute in float32 at least, whatever the model's precision, and return the activations'
+own dtype. In bfloat16 a sum of a few hundred numbers loses its small terms.
 
-Two toy crowds in two dimensions serve for the whole page. They differ by `(2, 0)`, and each point
-is blurred a little.
+Two toy sets in two dimensions serve for the whole page. They differ by `(2, 0)`, and each point is
+blurred a little.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/aggregators.html
 """
@@ -100,7 +99,10 @@ def _at_least_float32(acts: Tensor) -> torch.dtype:
 
 # %% ../../nbs/reference/train/aggregators.ipynb #0eb8ed1f
 def mean_aggregator() -> Aggregator:
-    "The default: the mean of the positive activations less the mean of the negative ones."
+    """The default: the mean of the positive activations less the mean of the negative ones.
+
+    Contrastive Activation Addition (Rimsky et al. 2023, arXiv:2312.06681). Calling it raises ValueError where one
+    side has no activations."""
     return _Mean()
 
 # %% ../../nbs/reference/train/aggregators.ipynb #46cbffc3
@@ -135,7 +137,7 @@ class _PCA:
     def merge(self, state: _Moments, other: _Moments) -> _Moments:
         return _folded(_Moments(
             state.deltas + other.deltas,
-            _added_up(state.moment, other.moment),
+            _sum_of(state.moment, other.moment),
             state.total + other.total,
             state.dtype or other.dtype,
             state.device or other.device,
@@ -145,8 +147,8 @@ class _PCA:
         if not sum(map(len, state.deltas)) and state.moment is None:
             raise ValueError("There are no activations, so there is no direction to find.")
         vec = _first_direction(state)
-        back = torch.dot(state.total, vec.cpu().double()) < 0
-        return (-vec if back else vec).to(state.device, state.dtype)
+        points_back = torch.dot(state.total, vec.cpu().double()) < 0
+        return (-vec if points_back else vec).to(state.device, state.dtype)
 
     def __call__(self, pos_acts: Tensor, neg_acts: Tensor) -> Tensor:
         return self.finish(self.add(self.start(), pos_acts, neg_acts))
@@ -154,9 +156,11 @@ class _PCA:
     def __repr__(self) -> str:
         return "pca_aggregator()"
 
-# %% ../../nbs/reference/train/aggregators.ipynb #b618e7df
-def _added_up(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+# %% ../../nbs/reference/train/aggregators.ipynb #0a54b874
+def _sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
 
 # %% ../../nbs/reference/train/aggregators.ipynb #7a0c890f
 def _folded(state: _Moments) -> _Moments:
@@ -164,22 +168,22 @@ def _folded(state: _Moments) -> _Moments:
     n = sum(map(len, state.deltas))
     if not state.deltas or (state.moment is None and n <= state.deltas[0].shape[1]):
         return state
-    deltas = torch.cat(state.deltas).to(_workplace(state), torch.float64)
-    return state._replace(deltas=[], moment=_added_up(state.moment, (deltas.T @ deltas).cpu()))
+    deltas = torch.cat(state.deltas).to(_compute_device(state), torch.float64)
+    return state._replace(deltas=[], moment=_sum_of(state.moment, (deltas.T @ deltas).cpu()))
 
 # %% ../../nbs/reference/train/aggregators.ipynb #9c9b0d76
 def _first_direction(state: _Moments) -> Tensor:
     "The unit vector along which the differences of `state` are largest, (d,)."
     if state.moment is not None:
-        vec: Tensor = torch.linalg.eigh(state.moment.to(_workplace(state))).eigenvectors[:, -1]
+        vec: Tensor = torch.linalg.eigh(state.moment.to(_compute_device(state))).eigenvectors[:, -1]
         return vec * float(state.moment.diagonal().sum() > 0)
-    deltas = torch.cat(state.deltas).to(_workplace(state))
+    deltas = torch.cat(state.deltas).to(_compute_device(state))
     deltas = deltas / deltas.abs().amax().clamp_min(torch.finfo(deltas.dtype).tiny)  # squares must not underflow
     top: Tensor = deltas.T @ torch.linalg.eigh(deltas @ deltas.T).eigenvectors[:, -1]
     return torch.nn.functional.normalize(top, dim=0)
 
 # %% ../../nbs/reference/train/aggregators.ipynb #65111e2c
-def _workplace(state: _Moments) -> torch.device:
+def _compute_device(state: _Moments) -> torch.device:
     "Where matrices of `state` are multiplied and solved."
     return state.device if state.device is not None and state.device.type == "cuda" else torch.device("cpu")
 
@@ -187,7 +191,10 @@ def _workplace(state: _Moments) -> torch.device:
 def pca_aggregator(
     paired: bool = True,  # False: two sets without pairs, of any two lengths
 ) -> Aggregator:
-    "The first principal component of the pairs' differences, norm 1, pointing from negative to positive."
+    """The first principal component of the pairs' differences, norm 1, pointing from negative to positive.
+
+    Representation engineering (Zou et al. 2023, arXiv:2310.01405). Calling it raises ValueError where there are no
+    activations, or no pairs."""
     return _PCA() if paired else _PCAOfSets()
 
 # %% ../../nbs/reference/train/aggregators.ipynb #56a96985
@@ -201,8 +208,8 @@ class _PCAOfSets:
         pos, neg = pos_acts.to(wide), neg_acts.to(wide)
         middle = (pos.mean(0) + neg.mean(0)) / 2
         rows = torch.cat([(h - middle) / len(h) ** 0.5 for h in (pos, neg)]).cpu()
-        way = (pos.mean(0) - neg.mean(0)).cpu().double()
-        return _PCA().finish(_folded(_Moments([rows], None, way, pos_acts.dtype, pos_acts.device)))
+        toward_positive = (pos.mean(0) - neg.mean(0)).cpu().double()
+        return _PCA().finish(_folded(_Moments([rows], None, toward_positive, pos_acts.dtype, pos_acts.device)))
 
     def __repr__(self) -> str:
         return "pca_aggregator(paired=False)"
@@ -212,7 +219,9 @@ def logistic_aggregator(
     sklearn_kwargs: dict[str, Any] | None = None,  # options of scikit-learn's `LogisticRegression`
     paired: bool = True,  # False: two sets without pairs, though they may be of one length
 ) -> Aggregator:
-    "The normal of the plane that separates positive from negative activations, norm 1."
+    """The normal of the plane that separates positive from negative activations, norm 1.
+
+    Logistic probes as in inference-time intervention (Li et al. 2023, arXiv:2306.03341)."""
     return _Logistic({"fit_intercept": False, **(sklearn_kwargs or {})}, paired)
 
 # %% ../../nbs/reference/train/aggregators.ipynb #a068e6fa
@@ -232,14 +241,16 @@ class _Logistic:
         middle = (pos + neg) / 2 if paired else (pos.mean(0) + neg.mean(0)) / 2
         labels = [1] * len(pos) + [-1] * len(neg)
         fit = LogisticRegression(**self.options).fit(torch.cat([pos - middle, neg - middle]).cpu().numpy(), labels)
-        arrow = torch.as_tensor(fit.coef_[0], dtype=wide, device=pos.device)
-        return torch.nn.functional.normalize(arrow, dim=0).to(pos_acts.dtype)
+        normal = torch.as_tensor(fit.coef_[0], dtype=wide, device=pos.device)
+        return torch.nn.functional.normalize(normal, dim=0).to(pos_acts.dtype)
 
 # %% ../../nbs/reference/train/aggregators.ipynb #5d0c7b07
 def unpaired(
     aggregator: Aggregator,  # as somebody passed it
 ) -> Aggregator:  # the same, for sets
-    "The aggregator for two sets without pairs; ValueError where it needs pairs."
+    """The aggregator for two sets without pairs.
+
+    Raises ValueError where it needs pairs."""
     if getattr(aggregator, "needs_pairs", False):
         raise ValueError(
             f"{aggregator!r} works on differences of pairs, and two sets without pairs have none. Use {_FOR_SETS}."
@@ -255,7 +266,9 @@ def aggregate_activations(
     neg_acts_by_layer: ActivationsByLayer,
     aggregator: Aggregator = mean_aggregator(),  # noqa: B008
 ) -> dict[int, Tensor]:  # layer to (d,)
-    "Apply `aggregator` to the positive and negative activations of every layer."
+    """Apply `aggregator` to the positive and negative activations of every layer.
+
+    Raises ValueError where the two sides do not fit together, or the result is no vector."""
     check_aggregator(aggregator)
     if set(pos_acts_by_layer) != set(neg_acts_by_layer):
         raise ValueError(
@@ -276,9 +289,9 @@ def aggregate_activations(
 def _applied(aggregator: Aggregator, pos: Tensor, neg: Tensor) -> Tensor:
     try:
         return aggregator(pos, neg)
-    except RuntimeError as e:
+    except RuntimeError as error:
         if len(pos) != len(neg):
-            e.add_note(
+            error.add_note(
                 f"There are {len(pos)} positive and {len(neg)} negative activations. Without pairs no row can be subtracted from "
                 "another; take the mean of each side first."
             )
@@ -288,7 +301,9 @@ def _applied(aggregator: Aggregator, pos: Tensor, neg: Tensor) -> Tensor:
 def check_aggregator(
     aggregator: Aggregator,  # what somebody passed as one
 ) -> None:
-    "Refuse what is no aggregator, before anything is computed for it."
+    """Refuse what is no aggregator, before anything is computed for it.
+
+    Raises TypeError."""
     makers: tuple[Any, ...] = (mean_aggregator, pca_aggregator, logistic_aggregator)
     for maker in makers:
         if aggregator is maker:
@@ -304,7 +319,9 @@ def check_direction(
     direction: Tensor,  # what an aggregator returned
     width: int,  # d
 ) -> Tensor:  # the same
-    "Refuse a `direction` that is not one vector of `width` numbers."
+    """Refuse a `direction` that is not one vector of `width` numbers.
+
+    Raises ValueError."""
     if not isinstance(direction, Tensor) or direction.shape != (width,):
         got = f"shape {tuple(direction.shape)}" if isinstance(direction, Tensor) else type(direction).__name__
         raise ValueError(f"An aggregator returns one vector of shape ({width},), and this one returned {got}.")

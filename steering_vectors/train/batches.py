@@ -1,13 +1,14 @@
-"""One forward pass: what goes in, which tokens are kept, and where it ends.
+"""One forward pass: what goes in, which activations are kept, and where does it end?
 
-Reading activations is a matter of single forward passes, and this page is about one of them. The
+Reading activations is a matter of single forward passes, and this room is about one of them. The
 plainest pass gives the model one text, records whole layers and runs to the end, through the head
-that scores a vocabulary nobody asked about. Three savings are made here. The wanted tokens are
-taken inside the hook and nothing else is kept. The pass is *left* when every wanted module has run.
-And texts that share beginnings run as one packed row, in which each distinct token stands once.
+that scores the vocabulary. Three savings are made here. The wanted tokens are taken inside the
+hook, and nothing else is kept. The pass ends when every wanted module has run. And texts that share
+a beginning run as one packed row, or continue from the beginning's cache.
 
-extraction decides which kind of pass a model can be trusted with; here each kind is built and shown
-to agree with the plain one.
+`padded_batch`, `packed_batch` and `continued_batch` make a `Batch`; `PassReader.run` runs it and
+returns one activation per text and layer. Which kind of batch a model can be trusted with is found
+out by strategies.
 
 A tiny model with random weights serves the page, since what is shown is mechanism and needs no
 meaning. The three texts share a beginning, and the last token of each is wanted.
@@ -37,9 +38,8 @@ from ..model.families import family_of
 from ..model.hooks import by_token, read_output
 from ..steer.caches import cache_length, cache_parameter, columns_in_front, find_cache, prompt_adapter
 from ..steer.caches import returned
-from .kernels import AttentionReach, FastKernels, Shortcut, TreeAttention, _additive
-from .kernels import tree_attention
-from .packing import Row, ancestor_mask
+from .kernels import Shortcut, TreeAttention, fast_kernels, tree_attention
+from .packing import AttentionReach, Row, additive_mask, ancestor_mask
 from .reading import EncodedText
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _pooled(h: Tensor, counts: list[int]) -> Tensor:
 class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
-# %% ../../nbs/reference/train/batches.ipynb #6abe8de1
+# %% ../../nbs/reference/train/batches.ipynb #bd8142f1
 class PassReader:
     "Hooks on the wanted modules that keep the wanted tokens of each pass."
 
@@ -119,16 +119,16 @@ class PassReader:
         shortcut: "Shortcut | None" = None,  # a cheaper end of the last module, where it is a block
     ):
         self.model, self.modules, self.leave, self.shortcut = model, modules, leave, shortcut
-        self.front = columns_in_front(model)  # before those of the ids
-        self._now: Batch | None = None
+        self.columns_in_front = columns_in_front(model)  # before those of the ids
+        self._batch: Batch | None = None  # that is being run
         self._thread: int | None = None  # whose passes are read; other threads may use the model meanwhile
-        self._taken: dict[int, Tensor] = {}
+        self._found: dict[int, Tensor] = {}
 
     def __enter__(self) -> "PassReader":
         with ExitStack() as stack:
             for layer, module in self.modules.items():
                 if self.shortcut is not None and layer == max(self.modules):
-                    read = partial(self._read_early, layer)
+                    read = partial(self._read_early, self.shortcut, layer)
                     stack.callback(self.shortcut.norm.register_forward_pre_hook(read).remove)
                 else:
                     stack.enter_context(read_output(module, partial(self._read, layer)))
@@ -140,107 +140,115 @@ class PassReader:
 
     def run(
         self,
-        now: Batch,
-    ) -> dict[int, Tensor]:  # layer -> (len(now.numbers), d)
-        "The activations of the texts of one pass."
-        self._now, self._taken, self._thread = now, {}, threading.get_ident()
+        batch: Batch,
+    ) -> dict[int, Tensor]:  # layer -> (len(batch.numbers), d)
+        """The activations of the texts of one pass.
+
+        Raises ValueError where a wanted module did not run."""
+        self._batch, self._found, self._thread = batch, {}, threading.get_ident()
         try:
-            with FastKernels(now.attention) if self.leave else nullcontext():
-                self.model(**_known_inputs(self.model, {"use_cache": False, **now.inputs}))
+            with fast_kernels(batch.attention) if self.leave else nullcontext():
+                self.model(**_known_inputs(self.model, {"use_cache": False, **batch.inputs}))
         except _EveryLayerRead:
             pass
         finally:
-            self._now = None
-        if missing := self.modules.keys() - self._taken.keys():
+            self._batch = None
+        if missing := self.modules.keys() - self._found.keys():
             raise ValueError(f"The modules of layers {sorted(missing)} did not run, so there is nothing to read there.")
-        return {layer: _pooled(self._taken[layer], now.counts) for layer in sorted(self._taken)}
+        return {layer: _pooled(self._found[layer], batch.counts) for layer in sorted(self._found)}
+
+    def _current_batch(self) -> Batch | None:
+        return self._batch if self._thread == threading.get_ident() else None
 
     def _read(self, layer: int, h: Tensor) -> None:
-        if not self._is_reading() or layer in self._taken:
-            return  # where a block runs several times a pass, its first time counts
-        self._taken[layer] = self._wanted(h)
-        if self.leave and len(self._taken) == len(self.modules):
+        batch = self._current_batch()
+        if batch is None or layer in self._found:
+            return  # where a block runs several times in a pass, its first time counts
+        self._found[layer] = self._wanted(batch, h)
+        if self.leave and len(self._found) == len(self.modules):
             raise _EveryLayerRead
 
-    def _is_reading(self) -> bool:
-        return self._now is not None and self._thread == threading.get_ident()
-
-    def _wanted(self, h: Tensor) -> Tensor:
-        now = self._now
-        assert now is not None
-        b, s = now.inputs["input_ids"].shape
-        if h.ndim == 3 and family_of(getattr(self.model, "config", None)).tokens_first:
-            h = h.transpose(0, 1)  # tokens come first, which a batch of as many rows as tokens would not show
-        by_row, _ = by_token(h, b, self.front + s)
-        own = by_row.view(b, self.front + s, -1, h.shape[-1])[:, self.front :]
-        wanted = own[now.rows.to(h.device), now.cols.to(h.device)]
-        return wanted[:, 0] if wanted.shape[1] == 1 else wanted.mean(1)  # a few families keep several streams a token
-
-    def _read_early(self, layer: int, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not self._is_reading() or self.shortcut is None:
+    def _read_early(self, shortcut: Shortcut, layer: int, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        batch = self._current_batch()
+        if batch is None:
             return
-        x, now, self._now = self._wanted(args[0])[None], self._now, None  # the shortcut runs `norm` itself
-        k = x.shape[1]
-        self._taken[layer] = self.shortcut.rest(pad(x, (0, 0, 0, -k % 16)))[0, :k]
+        x = self._wanted(batch, args[0])[None]
+        num_unused = -x.shape[1] % 16  # few different shapes
+        self._batch = None  # the shortcut runs `norm` itself, and this hook with it
+        self._found[layer] = shortcut.rest(pad(x, (0, 0, 0, num_unused)))[0, : x.shape[1]]
         if self.leave:
             raise _EveryLayerRead
-        self._now = now
+        self._batch = batch
 
-# %% ../../nbs/reference/train/batches.ipynb #b80e49bb
+    def _wanted(self, batch: Batch, h: Tensor) -> Tensor:  # (k, d)
+        tokens_first = h.ndim == 3 and family_of(getattr(self.model, "config", None)).tokens_first
+        return _tokens_of(batch, h.transpose(0, 1) if tokens_first else h, self.columns_in_front)
+
+# %% ../../nbs/reference/train/batches.ipynb #2c0ef1c4
+def _tokens_of(batch: Batch, h: Tensor, columns_in_front: int) -> Tensor:  # (k, d)
+    "The wanted tokens of what a module returned."
+    b, s = batch.inputs["input_ids"].shape
+    by_row, _ = by_token(h, b, columns_in_front + s)
+    own = by_row.view(b, columns_in_front + s, -1, h.shape[-1])[:, columns_in_front:]
+    wanted = own[batch.rows.to(h.device), batch.cols.to(h.device)]
+    return wanted[:, 0] if wanted.shape[1] == 1 else wanted.mean(1)  # a few families keep several streams per token
+
+# %% ../../nbs/reference/train/batches.ipynb #27f16051
 def packed_batch(
     row: Row,
     texts: Mapping[int, EncodedText],  # by the numbers that the row uses
     kinds: Mapping[str, AttentionReach],  # which masks to make
-    by_kind: bool = False,  # hand them over as a dictionary?
+    by_kind: bool = False,  # give them to the model as a dictionary?
     dtype: torch.dtype = torch.float32,  # of the activations
     device: torch.device | str = "cpu",
 ) -> Batch:
     "One row of a prefix tree, with each token at its depth and seeing its ancestors."
-    more = (
-        -len(row) % 16 if len(row) > 256 else 0
-    )  # unused tokens that see nothing: long rows get few different lengths
-    ends = row.end + list(range(len(row) + 1, len(row) + more + 1))
-    ids, depth, end = (
-        torch.tensor(x, device=device) for x in (row.ids + row.ids[-1:] * more, row.depth + [0] * more, ends)
-    )
-    masks = {kind: _additive(ancestor_mask(end, depth, *reach), dtype)[None, None] for kind, reach in kinds.items()}
-    inputs = {
-        "input_ids": ids[None],
-        "position_ids": depth[None],
-        "attention_mask": masks if by_kind else next(iter(masks.values())),
-    }
+    num_unused = -len(row) % 16 if len(row) > 256 else 0
+    ids = torch.tensor(row.ids + row.ids[-1:] * num_unused, device=device)
+    depth = torch.tensor(row.depth + [0] * num_unused, device=device)
+    own_ends = range(len(row) + 1, len(row) + num_unused + 1)
+    end = torch.tensor([*row.end, *own_ends], device=device)
+    masks = {kind: additive_mask(ancestor_mask(end, depth, *reach), dtype)[None, None] for kind, reach in kinds.items()}
+    mask = masks if by_kind else next(iter(masks.values()))
+    inputs = {"input_ids": ids[None], "position_ids": depth[None], "attention_mask": mask}
     wanted = [(number, 0, [path[i] for i in texts[number].read]) for number, path in row.paths.items()]
     return _batch(inputs, wanted, tree_attention(row, end, depth, kinds, masks))
 
-# %% ../../nbs/reference/train/batches.ipynb #eb565ae6
+# %% ../../nbs/reference/train/batches.ipynb #10bb9053
 def continued_batch(
     model: nn.Module,  # what will run the pass
     texts: Mapping[int, EncodedText],  # by number; all begin alike
     shared: int,  # tokens of the common beginning, none of them wanted
     device: torch.device | str = "cpu",
 ) -> Batch:
-    "Run the common beginning of `texts` once, and return the pass that continues it."
+    """Run the common beginning of `texts` once, and return the pass that continues it.
+
+    Raises ValueError where the model returns no cache whose rows can be repeated."""
     rest = {n: EncodedText(text.ids[shared:], [i - shared for i in text.read]) for n, text in texts.items()}
-    now = padded_batch(rest, device)
+    batch = padded_batch(rest, device)
     if not shared:
-        return now
-    first = torch.tensor([next(iter(texts.values())).ids[:shared]], device=device)
-    mask, b = torch.ones_like(first), len(texts)
-    positions = torch.arange(shared, device=device)[None]
-    begin = {"input_ids": first, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-    name, cache = _kept_cache(model, model(**_known_inputs(model, begin)))
-    cache.reorder_cache(torch.zeros(b, dtype=torch.long, device=device))
-    before = (
-        [] if cache_length(cache) is None else [mask.expand(b, -1)]
-    )  # a pure state-space model has no columns before
+        return batch
+    beginning = torch.tensor([next(iter(texts.values())).ids[:shared]], device=device)
+    name, cache = _cache_after(model, beginning)
+    cache.reorder_cache(torch.zeros(len(texts), dtype=torch.long, device=device))
+    mask = batch.inputs["attention_mask"]
+    if cache_length(cache) is not None:  # a pure state-space model has no columns before
+        mask = torch.cat([torch.ones_like(beginning).expand(len(texts), -1), mask], 1)
+    changed = {"attention_mask": mask, "position_ids": batch.inputs["position_ids"] + shared}
+    inputs = batch.inputs | changed | {cache_parameter(model, name): cache, "use_cache": True}
+    return batch._replace(inputs=inputs)
+
+# %% ../../nbs/reference/train/batches.ipynb #48ad535e
+def _cache_after(model: nn.Module, beginning: Tensor) -> tuple[str, Any]:
+    "Run `beginning`, (1, s), and return its cache and the cache's name."
+    positions = torch.arange(beginning.shape[1], device=beginning.device)[None]
     inputs = {
-        **now.inputs,
-        "attention_mask": torch.cat([*before, now.inputs["attention_mask"]], 1),
-        "position_ids": now.inputs["position_ids"] + shared,
-        cache_parameter(model, name): cache,
+        "input_ids": beginning,
+        "attention_mask": torch.ones_like(beginning),
+        "position_ids": positions,
         "use_cache": True,
     }
-    return now._replace(inputs=inputs)
+    return _kept_cache(model, model(**_known_inputs(model, inputs)))
 
 # %% ../../nbs/reference/train/batches.ipynb #43d77ae7
 def _kept_cache(model: nn.Module, output: Any) -> tuple[str, Any]:

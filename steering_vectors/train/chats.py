@@ -1,9 +1,13 @@
-"""Conversations become text by way of the template.
+"""How does a conversation become text in the format that a chat model knows?
 
 A chat model was trained on conversations in a format of its own, with marks where a message begins
-and ends, and it answers well only inside it. The tokenizer knows the format. This page asks it for
-three things that prompts is built from: a conversation ready to be answered, a conversation that is
-open at its end, and what a written-out conversation begins with.
+and ends, and it answers well only in that format. The tokenizer holds it, as a Jinja template or in
+code. Two things are asked of it here: a conversation ready to be answered (`render`), and one that
+is open at its end (`render_open`). openings asks whether words are in the format already, and
+prompts is built from both.
+
+Templates differ in what they accept, and many drop or change what they do not expect without an
+error. So what comes out is compared with what went in, and a message that is missing is an error.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/chats.html
 """
@@ -12,7 +16,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/train/chats.html
 
 # %% auto #0
 __all__ = ['ChatMessages', 'Template', 'is_messages', 'bare_ids', 'shared_start', 'has_template', 'is_jinja', 'render',
-           'last_text', 'ending', 'left_open', 'special_strings', 'chat_openings', 'check_written', 'wants_template']
+           'last_text', 'with_last_text', 'render_open']
 
 # %% ../../nbs/reference/train/chats.ipynb #d4fe903f
 from collections.abc import Mapping, Sequence
@@ -47,11 +51,11 @@ def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
     "How many ids both begin with."
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-# %% ../../nbs/reference/train/chats.ipynb #122ac032
+# %% ../../nbs/reference/train/chats.ipynb #1c481742
 _MARK = "WHERE_THE_LAST_MESSAGE_ENDS"
-_OURS = {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors"}
+_OWN_ARGUMENTS = {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors"}
 
-# %% ../../nbs/reference/train/chats.ipynb #5de036ce
+# %% ../../nbs/reference/train/chats.ipynb #0d895241
 def has_template(
     tokenizer: "PreTrainedTokenizerBase",
     template: Template | None = None,  # arguments of the chat template
@@ -64,26 +68,26 @@ def has_template(
     except Exception:  # whatever it raises, it cannot write a message
         return False
 
-# %% ../../nbs/reference/train/chats.ipynb #e560f46b
+# %% ../../nbs/reference/train/chats.ipynb #7e9ed1bc
 def is_jinja(tokenizer: "PreTrainedTokenizerBase", template: Template | None) -> bool:
     "Whether the format is a Jinja template, which writes text; formats in code give ids."
     return bool(getattr(tokenizer, "chat_template", None) or (template or {}).get("chat_template"))
 
-# %% ../../nbs/reference/train/chats.ipynb #4abd9ade
-def _apply(
-    tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, **how: Any
+# %% ../../nbs/reference/train/chats.ipynb #02382e2d
+def _apply_template(
+    tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, **options: Any
 ) -> str | list[int]:  # text from a Jinja template, ids from a format in code
     "What the tokenizer makes of a conversation."
     if is_jinja(tokenizer, template):
-        how["tokenize"] = False
+        options["tokenize"] = False
     apply: Any = tokenizer.apply_chat_template
-    out = apply([dict(message) for message in messages], **how, **(template or {}))
+    out = apply([dict(message) for message in messages], **options, **(template or {}))
     if isinstance(out, str):
         return out
     out = out["input_ids"] if isinstance(out, Mapping) else out
     return [int(i) for i in torch.as_tensor(out, device="cpu").reshape(-1)]
 
-# %% ../../nbs/reference/train/chats.ipynb #44394694
+# %% ../../nbs/reference/train/chats.ipynb #d75c891d
 def _content_parts(message: Mapping[str, Any]) -> list[str] | None:  # None: not text alone
     "The texts that a message's content is made of."
     content = message.get("content")
@@ -93,46 +97,47 @@ def _content_parts(message: Mapping[str, Any]) -> list[str] | None:  # None: not
         return None
     return [str(p["text"]) for p in content]
 
-# %% ../../nbs/reference/train/chats.ipynb #616aa311
-def _takes(tokenizer: "PreTrainedTokenizerBase", template: Template | None, content: Any) -> str | list[int] | None:
-    "What the format makes of a content; None where it loses it, or writes the list itself."
+# %% ../../nbs/reference/train/chats.ipynb #e710094b
+def _rendered_content(
+    tokenizer: "PreTrainedTokenizerBase", template: Template | None, content: Any
+) -> str | list[int] | None:
+    "A content in the chat format; None where the format loses it, or writes the list itself."
     try:
-        out = _apply(tokenizer, [{"role": "user", "content": content}], template)
+        out = _apply_template(tokenizer, [{"role": "user", "content": content}], template)
     except Exception:  # Jinja's, the tokenizer's own, or Python's inside a template
         return None
     lost = isinstance(out, str) and (_MARK not in out or (not isinstance(content, str) and str(content) in out))
     return None if lost else out
 
-# %% ../../nbs/reference/train/chats.ipynb #0e474512
-def _respelled(
+# %% ../../nbs/reference/train/chats.ipynb #90e68a56
+def _normalized(
     tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None
 ) -> list[dict[str, Any]]:
     "The same messages, with contents as strings or in parts: what the format takes."
-    strings = {isinstance(message.get("content"), str) for message in messages if _content_parts(message) is not None}
-    by_string = _takes(tokenizer, template, _MARK)
-    if strings <= {True} and by_string is not None:
+    are_strings = {isinstance(m.get("content"), str) for m in messages if _content_parts(m) is not None}
+    from_string = _rendered_content(tokenizer, template, _MARK)
+    if are_strings <= {True} and from_string is not None:
         return [dict(message) for message in messages]
-    by_parts = _takes(tokenizer, template, [{"type": "text", "text": _MARK}])
-    if isinstance(by_parts, list) and by_string is not None and by_parts != by_string:
-        by_parts = None  # a format in code that writes the list itself
-    spelled = []
-    for message in messages:
-        texts, is_string = _content_parts(message), isinstance(message.get("content"), str)
-        if texts is not None and is_string and by_string is None and by_parts is not None:
-            message = {**message, "content": [{"type": "text", "text": text} for text in texts]}
-        elif texts is not None and not is_string and by_parts is None:
-            message = {**message, "content": "".join(texts)}
-        spelled.append(dict(message))
-    return spelled
+    from_parts = _rendered_content(tokenizer, template, [{"type": "text", "text": _MARK}])
+    if isinstance(from_parts, list) and from_string is not None and from_parts != from_string:
+        from_parts = None  # a format in code that writes the list itself
+    return [_with_content_form(message, from_string is not None, from_parts is not None) for message in messages]
 
-# %% ../../nbs/reference/train/chats.ipynb #ebe8a97e
-def render(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: ChatMessages,
-    template: Template | None = None,  # arguments of the chat template
-    **how: Any,  # add_generation_prompt, continue_final_message
-) -> str | list[int]:  # text, or ids where the format is code
-    "A conversation in the tokenizer's chat format."
+# %% ../../nbs/reference/train/chats.ipynb #6569f037
+def _with_content_form(message: Mapping[str, Any], takes_string: bool, takes_parts: bool) -> dict[str, Any]:
+    "A message with its content as a string or in parts, as the format takes it."
+    texts, is_string = _content_parts(message), isinstance(message.get("content"), str)
+    if texts is None:
+        return dict(message)
+    if is_string and takes_parts and not takes_string:
+        return {**message, "content": [{"type": "text", "text": text} for text in texts]}
+    if not is_string and not takes_parts:
+        return {**message, "content": "".join(texts)}
+    return dict(message)
+
+# %% ../../nbs/reference/train/chats.ipynb #aaf7ad47
+def _check_render(tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Any) -> None:
+    "Refuse what cannot be put into the chat format."
     if not isinstance(template, Mapping | None):
         raise TypeError(
             f"template= holds arguments of the chat template by name, as {{'enable_thinking': False}}; not {template!r:.80}."
@@ -145,33 +150,59 @@ def render(
             )
     if not has_template(tokenizer, template):
         raise ValueError("This tokenizer has no chat template, so it cannot read a conversation; pass strings.")
-    if taken := _OURS & set(template or {}):
+    if taken := _OWN_ARGUMENTS & set(template or {}):
         raise ValueError(
             f"template= holds arguments of the chat template itself, not {', '.join(sorted(taken))}, which prompt_ids has arguments for or sets itself."
         )
+
+# %% ../../nbs/reference/train/chats.ipynb #066338e9
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: ChatMessages,
+    template: Template | None = None,  # arguments of the chat template
+    **options: Any,  # add_generation_prompt, continue_final_message
+) -> str | list[int]:  # text, or ids where the format is code
+    """A conversation in the tokenizer's chat format.
+
+    Raises TypeError or ValueError where there is no format, or where it refuses or drops a message."""
+    _check_render(tokenizer, messages, template)
     try:
-        out = _apply(tokenizer, _respelled(tokenizer, messages, template), template, **how)
+        out = _apply_template(tokenizer, _normalized(tokenizer, messages, template), template, **options)
     except Exception as error:  # Jinja's, the tokenizer's own, or Python's inside a template
-        words = str(error).replace(_MARK, "")
-        raise ValueError(f"This tokenizer's chat template refuses the conversation: {words}") from error
+        message = str(error).replace(_MARK, "")
+        raise ValueError(f"This tokenizer's chat template refuses the conversation: {message}") from error
     if isinstance(out, str):
-        _check_asked(messages, out)
+        _check_roles_written(messages, out)
     return out
 
-# %% ../../nbs/reference/train/chats.ipynb #9e60a673
-def _check_asked(messages: ChatMessages, text: str) -> None:
+# %% ../../nbs/reference/train/chats.ipynb #0aa6594b
+def _rendered_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, **options: Any
+) -> list[int]:
+    "`render` as ids, whether the format is a template or code."
+    out = render(tokenizer, messages, template, **options)
+    return bare_ids(tokenizer, out) if isinstance(out, str) else out
+
+# %% ../../nbs/reference/train/chats.ipynb #ab027e4e
+def _is_in(words: str, text: str) -> bool:
+    "Whether `text` holds `words`, whatever the white space."
+    return "".join(words.split()) in "".join(text.split())
+
+# %% ../../nbs/reference/train/chats.ipynb #9d06c8a7
+def _check_roles_written(messages: ChatMessages, text: str) -> None:
     "Refuse a text in which words of the system or of the user are missing: some templates drop a role."
-    written = "".join(text.split())
     for message in messages:
-        for words in _content_parts(message) or () if message["role"] in ("system", "developer", "user") else ():
-            if "".join(words.split()) not in written:
+        if message["role"] not in ("system", "developer", "user"):
+            continue
+        for words in _content_parts(message) or ():
+            if not _is_in(words, text):
                 raise ValueError(
                     f"The chat template does not write the {message['role']} message as it stands: "
                     f"{words.replace(_MARK, ''):.60}. Put its words into another message, or write the text yourself and pass it "
                     "as a string."
                 )
 
-# %% ../../nbs/reference/train/chats.ipynb #ce411e6f
+# %% ../../nbs/reference/train/chats.ipynb #4fedd366
 def last_text(message: Mapping[str, Any]) -> str | None:  # None: there is none
     "The text that a message ends on."
     content = message.get("content")
@@ -180,136 +211,98 @@ def last_text(message: Mapping[str, Any]) -> str | None:  # None: there is none
     last = content[-1] if isinstance(content, Sequence) and content else None
     return str(last["text"]) if isinstance(last, Mapping) and "text" in last else None
 
-# %% ../../nbs/reference/train/chats.ipynb #5124501d
-def ending(message: Mapping[str, Any], text: str) -> dict[str, Any]:
+# %% ../../nbs/reference/train/chats.ipynb #b6bf7522
+def with_last_text(message: Mapping[str, Any], text: str) -> dict[str, Any]:
     "A message with another last text."
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": text}
     return {**message, "content": [*content[:-1], {**content[-1], "text": text}]}
 
-# %% ../../nbs/reference/train/chats.ipynb #f8b57c3b
-def left_open(
+# %% ../../nbs/reference/train/chats.ipynb #fa634dea
+def render_open(
     tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None
 ) -> str | list[int]:
-    "A conversation that ends on its last message's last token."
-    said = last_text(messages[-1])
-    if said is None or messages[-1].get("tool_calls"):
+    """A conversation that ends on its last message's last token.
+
+    Raises ValueError where there is no such end."""
+    last = last_text(messages[-1])
+    if last is None or messages[-1].get("tool_calls"):
         raise ValueError(
             "The last message does not end with text, so there is nothing to continue: give it a content (an empty one will "
             "do) without tool calls, or pass add_generation_prompt=True to close it and open the answer."
         )
-    out: str | list[int] = []
-    if is_jinja(tokenizer, template):
-        out = render(tokenizer, [*messages[:-1], ending(messages[-1], said + _MARK)], template)
+    if not is_jinja(tokenizer, template):
+        return _render_open_in_code(tokenizer, messages, template, last)
+    out = render(tokenizer, [*messages[:-1], with_last_text(messages[-1], last + _MARK)], template)
     if not isinstance(out, str):
-        return _open_in_code(tokenizer, messages, template, said)
-    if out.count(_MARK) > 1:
-        raise ValueError(
-            f"The chat template writes the last message more than once, so it does not tell where it ends: {said:.60}. Write the "
-            "text yourself, and pass it as a string."
-        )
-    text, found, _ = out.rpartition(_MARK)
-    if not found or "".join(said.split()) not in "".join(text.split()):
-        raise ValueError(
-            f"The chat template does not write the last message as it stands: {said:.60}. Write the text yourself, and pass it "
-            "as a string."
-        )
-    trimmed = said.rstrip()
-    if trimmed != said:
+        return _render_open_in_code(tokenizer, messages, template, last)
+    text = _up_to_mark(out, last)
+    num_trailing = len(last) - len(last.rstrip())
+    if num_trailing:
         closed = render(tokenizer, messages, template)
         if isinstance(closed, str) and not closed.startswith(text):  # this template trims
-            text = text[: len(text) - (len(said) - len(trimmed))]
+            text = text[: len(text) - num_trailing]
     return text
 
-# %% ../../nbs/reference/train/chats.ipynb #533a63bf
-def _open_in_code(
-    tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, said: str
+# %% ../../nbs/reference/train/chats.ipynb #ac683e22
+def _up_to_mark(text: str, last: str) -> str:
+    "The text before the mark, which must follow the last message's words."
+    if text.count(_MARK) > 1:
+        raise ValueError(
+            f"The chat template writes the last message more than once, so it does not tell where it ends: {last:.60}. Write the "
+            "text yourself, and pass it as a string."
+        )
+    before, mark, _ = text.rpartition(_MARK)
+    if not mark or not _is_in(last, before):
+        raise ValueError(
+            f"The chat template does not write the last message as it stands: {last:.60}. Write the text yourself, and pass it "
+            "as a string."
+        )
+    return before
+
+# %% ../../nbs/reference/train/chats.ipynb #eaf8a4ed
+def _render_open_in_code(
+    tokenizer: "PreTrainedTokenizerBase", messages: ChatMessages, template: Template | None, last: str
 ) -> list[int]:
     "The ids of a format in code, open at the end where it can do that."
-    found: dict[bool, list[int]] = {}
-    for opened in (True, False):
-        try:
-            out = render(tokenizer, messages, template, **({"continue_final_message": True} if opened else {}))
-        except ValueError as error:
-            problem = error
-        else:
-            found[opened] = bare_ids(tokenizer, out) if isinstance(out, str) else out
-    if not found and said.strip():
+    open_ids: list[int] | None = None
+    closed_ids: list[int] | None = None
+    problem: ValueError | None = None
+    try:
+        open_ids = _rendered_ids(tokenizer, messages, template, continue_final_message=True)
+    except ValueError as error:
+        problem = error
+    try:
+        closed_ids = _rendered_ids(tokenizer, messages, template)
+    except ValueError as error:
+        problem = error
+    if open_ids is not None and open_ids != closed_ids:
+        return open_ids
+    if not last.strip():  # the answer is still empty: its header
+        return _rendered_ids(tokenizer, messages[:-1], template, add_generation_prompt=True)
+    ids = closed_ids or open_ids
+    if ids is None:
+        assert problem is not None
         raise problem
-    if True in found and found[True] != found.get(False):
-        return found[True]
-    if said.strip():  # it does not know the argument, or ignores it
-        return _cut(tokenizer, messages, template, found.get(False) or found[True])
-    out = render(tokenizer, messages[:-1], template, add_generation_prompt=True)  # nothing is said yet: a header
-    return bare_ids(tokenizer, out) if isinstance(out, str) else out
+    return _without_closing(tokenizer, messages, template, ids)
 
-# %% ../../nbs/reference/train/chats.ipynb #92b9f878
-def _cut(
+# %% ../../nbs/reference/train/chats.ipynb #787c0afc
+def _without_closing(
     tokenizer: "PreTrainedTokenizerBase",
     messages: ChatMessages,
     template: Template | None,
     ids: list[int],  # of the closed conversation
 ) -> list[int]:
-    "`ids` up to the last token of what was said last: what other last words end with too is cut off."
-    said, closing = str(last_text(messages[-1])), len(ids)
+    "`ids` up to the last token of the last message's words: what follows other words too is cut off."
+    last, num_closing = str(last_text(messages[-1])), len(ids)
     for word in ("0", "Z", "a"):
-        out = render(tokenizer, [*messages[:-1], ending(messages[-1], word)], template)
-        other = bare_ids(tokenizer, out) if isinstance(out, str) else out
-        closing = min(closing, shared_start(ids[::-1], other[::-1]))
-    left = ids[: len(ids) - closing]
-    written = (str(tokenizer.decode(left, skip_special_tokens=skip)) for skip in (True, False))
-    if not any("".join(said.split()) in "".join(text.split()) for text in written):
+        other = _rendered_ids(tokenizer, [*messages[:-1], with_last_text(messages[-1], word)], template)
+        num_closing = min(num_closing, shared_start(ids[::-1], other[::-1]))
+    left = ids[: len(ids) - num_closing]
+    decoded = [str(tokenizer.decode(left, skip_special_tokens=skip)) for skip in (True, False)]
+    if not any(_is_in(last, text) for text in decoded):
         raise ValueError(
-            f"The chat format does not write the last message as it stands: {said:.60}. Pass the ids, or the text as a string."
+            f"The chat format does not write the last message as it stands: {last:.60}. Pass the ids, or the text as a string."
         )
     return left
-
-# %% ../../nbs/reference/train/chats.ipynb #89ec3294
-def special_strings(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    "The special tokens that a written-out chat may begin with."
-    added = getattr(tokenizer, "added_tokens_decoder", None)  # some backends have a method of this name
-    tokens = added.values() if isinstance(added, Mapping) else ()
-    known: set[Any] = {*getattr(tokenizer, "all_special_tokens", []), *(str(t) for t in tokens if t.special)}
-    unk, pad, bos, eos = (getattr(tokenizer, f"{name}_token", None) for name in ("unk", "pad", "bos", "eos"))
-    return tuple(sorted(known - ({unk, pad} - {bos, eos}) - {""}))
-
-# %% ../../nbs/reference/train/chats.ipynb #6f1b35f2
-def chat_openings(
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Template | None = None,  # arguments of the chat template
-) -> tuple[str, ...]:  # `[user]`, `<|im_start|>system`, ...
-    "What the tokenizer's chat template writes before a conversation's first content."
-    found = set()
-    for role in ("user", "system", "assistant"):
-        try:
-            out = render(tokenizer, [{"role": role, "content": _MARK}], template)
-        except ValueError:  # some templates have no such role, or refuse it in front
-            continue
-        text = out if isinstance(out, str) else str(tokenizer.decode(out, skip_special_tokens=True))
-        opening = text.partition(_MARK)[0] if _MARK in text else ""
-        found.add(opening.removeprefix(getattr(tokenizer, "bos_token", None) or "").strip())
-    return tuple(sorted(o for o in found if len(o) > 1 and not o.isalnum()))  # letters alone are a word like any other
-
-# %% ../../nbs/reference/train/chats.ipynb #c4302248
-def check_written(
-    tokenizer: "PreTrainedTokenizerBase",
-    words: str,
-    specials: tuple[str, ...],  # `special_strings` of the tokenizer
-) -> None:
-    "Refuse words that begin with a special token which this tokenizer reads as letters."
-    first = next((token for token in specials if words.startswith(token)), None) if words.startswith(specials) else None
-    if first is not None and tokenizer.convert_tokens_to_ids(first) not in bare_ids(tokenizer, first):
-        raise ValueError(
-            f"The text begins with {first!r}, and this tokenizer reads a special token written in a text as letters. Give "
-            "messages or ids, or leave it out: the tokenizer adds its own."
-        )
-
-# %% ../../nbs/reference/train/chats.ipynb #cf0e2ede
-def wants_template(tokenizer: "PreTrainedTokenizerBase", words: str, template: Template | None) -> bool:
-    "Whether words are to be put into the chat template: there is one, and they are not in it already."
-    words, specials = words.lstrip(), special_strings(tokenizer)
-    check_written(tokenizer, words, specials)
-    if words.startswith(specials) or not has_template(tokenizer, template):
-        return False
-    return not words.startswith(chat_openings(tokenizer, template))

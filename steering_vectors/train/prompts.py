@@ -1,13 +1,12 @@
-"""Words, messages and ids become the ids of a prompt.
+"""How do words, messages and ids become the ids of a prompt?
 
 A model reads numbers. Between your words and those numbers lie decisions that are easy to get wrong
 without noticing: is the start token there once or twice, is the chat template's header there, is
 the last message closed or open, is `A` after an opening parenthesis the token `A` or the token
-`▁A`. This page decides each of them in one place, and everything that trains or measures asks here.
+`▁A`. They are decided here, in one place, for everything that trains or measures.
 
 `prompt_ids` gives the ids of a prompt, ready to be answered. `continuation_ids` gives the ids that
-a text adds to a prompt. `text_ids` gives the ids of a text that is read rather than answered, as
-training does.
+a text adds to a prompt. Texts that are read rather than answered are the matter of texts.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/prompts.html
 """
@@ -24,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .chats import ChatMessages, Template, bare_ids, ending, is_messages, last_text, left_open
-from .chats import render, wants_template
+from .chats import ChatMessages, Template, bare_ids, is_messages, last_text, render, render_open
+from .chats import with_last_text
+from .openings import wants_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,9 @@ Text = Prompt | Mapping[str, Any]  # also a record, {"prompt": ..., "response": 
 
 # %% ../../nbs/reference/train/prompts.ipynb #e2bae06a
 def check_tokenizer(tokenizer: Any) -> None:
-    "Refuse what is not a tokenizer, and say where one is."
+    """Refuse what is not a tokenizer.
+
+    Raises TypeError that names where one is."""
     inner = getattr(tokenizer, "tokenizer", None)
     if hasattr(inner, "convert_ids_to_tokens") and not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise TypeError(
@@ -48,28 +50,28 @@ def check_tokenizer(tokenizer: Any) -> None:
             f"tokenizer must be the model's tokenizer, not a {type(tokenizer).__name__}. Are the arguments in the right order?"
         )
 
-# %% ../../nbs/reference/train/prompts.ipynb #7c6e5124
+# %% ../../nbs/reference/train/prompts.ipynb #8c3de335
 def added_tokens(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[list[int], list[int]]:  # ids in front, ids at the end
     "What the tokenizer puts around every text."
     for word in ("a", "A", "0", "the"):
-        whole, alone = list(tokenizer(word)["input_ids"]), bare_ids(tokenizer, word)
-        for i in range(len(whole) - len(alone) + 1 if alone else 0):
-            if whole[i : i + len(alone)] == alone:
-                return whole[:i], whole[i + len(alone) :]
+        whole, bare = list(tokenizer(word)["input_ids"]), bare_ids(tokenizer, word)
+        for i in range(len(whole) - len(bare) + 1 if bare else 0):
+            if whole[i : i + len(bare)] == bare:
+                return whole[:i], whole[i + len(bare) :]
     return [], []
 
-# %% ../../nbs/reference/train/prompts.ipynb #0aeb1645
-def _started(
+# %% ../../nbs/reference/train/prompts.ipynb #13649fde
+def _with_start(
     ids: list[int],
-    start: list[int],  # what stands in front of every text
+    start: list[int],  # what the tokenizer puts in front of every text
 ) -> list[int]:
     "`ids` with `start` in front, once."
     return ids if ids[: len(start)] == start else [*start, *ids]
 
-# %% ../../nbs/reference/train/prompts.ipynb #667746bb
-def _wording(
+# %% ../../nbs/reference/train/prompts.ipynb #a2a52873
+def _text_or_ids(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: Any,
     chat: bool | None,
@@ -87,19 +89,21 @@ def _wording(
     answered = prompt[-1].get("role") != "assistant" if add_generation_prompt is None else add_generation_prompt
     if answered:
         return render(tokenizer, prompt, template, add_generation_prompt=True), False
-    return left_open(tokenizer, prompt, template), False
+    return render_open(tokenizer, prompt, template), False
 
-# %% ../../nbs/reference/train/prompts.ipynb #497d6969
+# %% ../../nbs/reference/train/prompts.ipynb #c884b2d1
 def id_row(prompt: Any) -> list[int]:
-    "Ids as one row, or an error that says what they are instead."
+    """Ids as one row.
+
+    Raises TypeError or ValueError that names what they are instead."""
     try:
         ids = torch.as_tensor(None if isinstance(prompt, Mapping) else prompt, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"A prompt is words, chat messages or ids, not a {type(prompt).__name__}; of a tokenizer's output, its input_ids."
         ) from None
-    whole = not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
-    if ids.ndim not in (1, 2) or ids.numel() != ids.shape[-1] or not (whole or not ids.numel()):
+    is_whole = not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
+    if ids.ndim not in (1, 2) or ids.numel() != ids.shape[-1] or (ids.numel() and not is_whole):
         raise ValueError(
             f"The ids of a prompt are one row of whole numbers, shape (s,) or (1, s); these have shape {tuple(ids.shape)} "
             f"and dtype {ids.dtype}. Ask one prompt at a time: ids[0]."
@@ -110,21 +114,21 @@ def id_row(prompt: Any) -> list[int]:
         )
     return [int(i) for i in ids.reshape(-1).tolist()]
 
-# %% ../../nbs/reference/train/prompts.ipynb #90d79eda
+# %% ../../nbs/reference/train/prompts.ipynb #28623f99
 def _unpadded(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
     "Refuse ids with padding at an end: it would be read as if it were text."
     pad, *others = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "unk"))
-    own = 1 if pad in others else 0  # one may be a token of the text's own
+    allowed = 1 if pad in others else 0  # one may be a token of the text's own
     for end, row in (("begin", ids), ("end", ids[::-1])):
-        n = next((i for i, token in enumerate(row) if token != pad), len(row))
-        if n > own:
+        num_padding = next((i for i, token in enumerate(row) if token != pad), len(row))
+        if num_padding > allowed:
             raise ValueError(
-                f"These ids {end} with padding (token {pad}, {n} times), which would be read as text. Tokenize without padding, or "
+                f"These ids {end} with padding (token {pad}, {num_padding} times), which would be read as text. Tokenize without padding, or "
                 "keep the ids where attention_mask is 1."
             )
     return ids
 
-# %% ../../nbs/reference/train/prompts.ipynb #5009f3a2
+# %% ../../nbs/reference/train/prompts.ipynb #f3450042
 def prompt_ids(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: Prompt,  # words, chat messages, or ids of shape (s,) or (1, s)
@@ -133,20 +137,22 @@ def prompt_ids(
     add_generation_prompt: bool | None = None,  # open an answer; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template: {"enable_thinking": False}
 ) -> Tensor:  # (1, s), on the CPU
-    "The ids a model is given to answer `prompt`."
-    ids = _prompt_row(tokenizer, *_wording(tokenizer, prompt, chat, add_generation_prompt, template))
+    """The ids a model is given to answer `prompt`.
+
+    Raises TypeError or ValueError for what is no prompt."""
+    ids = _prompt_row(tokenizer, *_text_or_ids(tokenizer, prompt, chat, add_generation_prompt, template))
     return torch.tensor([ids], dtype=torch.long, device="cpu")
 
-# %% ../../nbs/reference/train/prompts.ipynb #9cc45a9f
+# %% ../../nbs/reference/train/prompts.ipynb #14fda53b
 def _prompt_row(tokenizer: "PreTrainedTokenizerBase", text: str | list[int], special: bool) -> list[int]:
     "The ids of what `_wording` gives."
     if isinstance(text, str):
-        text = _started(bare_ids(tokenizer, text), added_tokens(tokenizer)[0] if special else [])
+        text = _with_start(bare_ids(tokenizer, text), added_tokens(tokenizer)[0] if special else [])
     if not text:
         raise ValueError("The prompt has no tokens, so there is nothing to answer.")
     return text
 
-# %% ../../nbs/reference/train/prompts.ipynb #e3f1b851
+# %% ../../nbs/reference/train/prompts.ipynb #32be46cc
 def continuation_ids(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: Prompt,  # words, chat messages, or ids
@@ -156,76 +162,86 @@ def continuation_ids(
     add_generation_prompt: bool | None = None,  # open an answer; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template
 ) -> tuple[list[int], list[int]]:  # of the prompt, of the completion
-    "The ids of a prompt, and those that a completion adds to them."
-    text, special = _wording(tokenizer, prompt, chat, add_generation_prompt, template)
-    asked = _prompt_row(tokenizer, text, special)
-    if not isinstance(completion, str):
-        written: list[int] | None = _unpadded(tokenizer, id_row(completion))
-    elif isinstance(text, str):
-        written = _added(tokenizer, text, asked, completion, special)
-        if written is None:
-            raise ValueError(
-                f"The completion {completion!r} merges with the end of the prompt, {text[-20:]!r}: together they have other "
-                "tokens there than the prompt alone. Move the space, or the part of a word, from the prompt's end into the "
-                "completion; or give the prompt as ids, and they stay as they are."
-            )
-    else:
-        written = _said_in_code(tokenizer, prompt, completion, asked, template) or _after_ids(
-            tokenizer, asked, completion
-        )
-    if not written:
-        raise ValueError("A completion is empty: it needs at least one token to have a probability.")
-    return asked, written
+    """The ids of a prompt, and those that a completion adds to them.
 
-# %% ../../nbs/reference/train/prompts.ipynb #c40246d7
-def _added(
-    tokenizer: "PreTrainedTokenizerBase", text: str, asked: list[int], completion: str, special: bool = False
+    Raises ValueError where the two merge into other tokens, or the completion is empty."""
+    text, special = _text_or_ids(tokenizer, prompt, chat, add_generation_prompt, template)
+    prompt_row = _prompt_row(tokenizer, text, special)
+    if not isinstance(completion, str):
+        row = _unpadded(tokenizer, id_row(completion))
+    elif isinstance(text, str):
+        row = _completion_after_text(tokenizer, text, prompt_row, completion, special)
+    else:
+        row = _completion_in_code(tokenizer, prompt, completion, prompt_row, template)
+        row = row or _completion_after_ids(tokenizer, prompt_row, completion)
+    if not row:
+        raise ValueError("A completion is empty: it needs at least one token to have a probability.")
+    return prompt_row, row
+
+# %% ../../nbs/reference/train/prompts.ipynb #264c4b1c
+def _added_ids(
+    tokenizer: "PreTrainedTokenizerBase", text: str, prompt_row: list[int], completion: str, special: bool = False
 ) -> list[int] | None:  # None: the two merge
     "The tokens that `completion` adds to those of `text`."
     whole = bare_ids(tokenizer, text + completion)
-    whole = _started(whole, added_tokens(tokenizer)[0]) if special else whole
-    return whole[len(asked) :] if whole[: len(asked)] == asked else None
+    whole = _with_start(whole, added_tokens(tokenizer)[0]) if special else whole
+    return whole[len(prompt_row) :] if whole[: len(prompt_row)] == prompt_row else None
 
-# %% ../../nbs/reference/train/prompts.ipynb #4edb563f
-def _said_in_code(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Any, completion: str, asked: list[int], template: Template | None
+# %% ../../nbs/reference/train/prompts.ipynb #8982fa52
+def _completion_after_text(
+    tokenizer: "PreTrainedTokenizerBase", text: str, prompt_row: list[int], completion: str, special: bool
+) -> list[int]:
+    "The tokens that `completion` adds to those of `text`, or an error where the two merge."
+    added = _added_ids(tokenizer, text, prompt_row, completion, special)
+    if added is None:
+        raise ValueError(
+            f"The completion {completion!r} merges with the end of the prompt, {text[-20:]!r}: together they have other "
+            "tokens there than the prompt alone. Move the space, or the part of a word, from the prompt's end into the "
+            "completion; or give the prompt as ids, and they stay as they are."
+        )
+    return added
+
+# %% ../../nbs/reference/train/prompts.ipynb #27d2389f
+def _completion_in_code(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Any, completion: str, prompt_row: list[int], template: Template | None
 ) -> list[int]:  # none where the prompt is ids
     "The tokens of `completion` where a chat format in code writes it as the assistant's words."
     if not (isinstance(prompt, str) or is_messages(prompt)) or not completion:
         return []
-    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    said = last_text(chat[-1]) if chat[-1].get("role") == "assistant" else None
-    chat = (
-        [*chat, {"role": "assistant", "content": completion}]
-        if said is None
-        else [*chat[:-1], ending(chat[-1], said + completion)]
-    )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    last = last_text(messages[-1]) if messages[-1].get("role") == "assistant" else None
+    if last is None:
+        messages = [*messages, {"role": "assistant", "content": completion}]
+    else:
+        messages = [*messages[:-1], with_last_text(messages[-1], last + completion)]
     try:
-        whole = left_open(tokenizer, chat, template)
+        whole = render_open(tokenizer, messages, template)
     except ValueError:
         return []
-    return list(whole[len(asked) :]) if not isinstance(whole, str) and whole[: len(asked)] == asked else []
+    if isinstance(whole, str) or whole[: len(prompt_row)] != prompt_row:
+        return []
+    return whole[len(prompt_row) :]
 
-# %% ../../nbs/reference/train/prompts.ipynb #d9aceeec
-def _after_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], completion: str) -> list[int]:
+# %% ../../nbs/reference/train/prompts.ipynb #f1137e52
+def _completion_after_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], completion: str) -> list[int]:
     "The tokens of `completion` after `ids`, which stay as they are."
     if not completion:
         return []
     for context in _contexts(tokenizer, ids):
-        written = _added(tokenizer, context, bare_ids(tokenizer, context), completion)
-        if written:
-            return written
+        added = _added_ids(tokenizer, context, bare_ids(tokenizer, context), completion)
+        if added:
+            return added
     wanted = str(tokenizer.decode(ids)) + completion
     for before in ("", "\n", ":", "("):
-        written = _added(tokenizer, before, bare_ids(tokenizer, before) if before else [], completion)
-        if written and str(tokenizer.decode([*ids, *written])) == wanted:
-            return written
+        added = _added_ids(tokenizer, before, bare_ids(tokenizer, before) if before else [], completion)
+        if added and str(tokenizer.decode([*ids, *added])) == wanted:
+            return added
     raise ValueError(
         f"No tokens were found that write {completion!r} after the prompt's ids, which end in {tokenizer.decode(ids)[-20:]!r}: "
         "by themselves they would write something else there. Give the prompt as words or messages, or the completion as ids."
     )
 
-# %% ../../nbs/reference/train/prompts.ipynb #60f1cfaf
+# %% ../../nbs/reference/train/prompts.ipynb #2598498a
 def _contexts(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> Iterator[str]:
     "Texts whose tokens end with the last of `ids`, most of them first."
     for n in dict.fromkeys([len(ids), *range(min(len(ids), 16), 0, -1)]):

@@ -1,4 +1,11 @@
-"""What to read, checked.
+"""What is to be read, and can it be?
+
+Extraction and training take the same arguments: which layers, which tokens, how texts become ids,
+who shares the work. `Request` holds them as one value, so that the rooms in between pass on one
+thing.
+
+Everything that can be refused is refused before a text is read: `check_request` looks at the
+arguments, and `check_model` at the model.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/requests.html
 """
@@ -24,7 +31,8 @@ from ..steer.tokens import Tokens
 from .chats import Template
 from .distributed import Distributed, fingerprint
 from .prompts import check_tokenizer
-from .reading import ReadTokenIndex, Truncation
+from .reading import ReadTokenIndex
+from .texts import TextSettings, Truncation
 
 # %% ../../nbs/reference/train/requests.ipynb #cfc965eb
 Reading = Tokens | ReadTokenIndex  # what is read of a text: several tokens, averaged; or one
@@ -48,6 +56,10 @@ class Request:
     add_generation_prompt: bool | None = None
     template: Template | None = None
     chat: bool | None = None
+
+    def text_settings(self, max_length: int | None) -> TextSettings:
+        "How the texts become ids; `max_length` is the model's context."
+        return TextSettings(max_length, self.truncation, self.add_generation_prompt, self.template, self.chat)
 
     @property
     def readings(self) -> dict[str, Reading]:
@@ -84,7 +96,9 @@ def check_request(
     request: Request,
     tokenizer: Any,
 ) -> None:
-    "Refuse what can be refused before any text is read."
+    """Refuse what can be refused before any text is read.
+
+    Raises TypeError or ValueError with what to pass instead."""
     if isinstance(tokenizer, nn.Module):
         raise TypeError(
             f"tokenizer must be the model's tokenizer, not a {type(tokenizer).__name__}: are model and tokenizer in the right order?"
@@ -97,7 +111,7 @@ def check_request(
     if request.read is not None:
         _check_read(request.read, request.read_token_index)
 
-# %% ../../nbs/reference/train/requests.ipynb #dc020e92
+# %% ../../nbs/reference/train/requests.ipynb #8adf4e4b
 def _check_read(read: Any, read_token_index: Any) -> None:
     "Refuse what names no tokens, and two answers to one question."
     if not isinstance(read, Tokens | Mapping):
@@ -110,27 +124,32 @@ def _check_read(read: Any, read_token_index: Any) -> None:
             f"read={read!r} and read_token_index={read_token_index!r} both say what to read. Pass one of them."
         )
     if isinstance(read, Mapping):
-        if not read:
-            raise ValueError(
-                "read= is an empty mapping, so there is nothing to read. Name something: {'answer': Tokens.generated}."
+        _check_readings(read)
+
+# %% ../../nbs/reference/train/requests.ipynb #dd8f18bb
+def _check_readings(readings: Mapping[Any, Any]) -> None:
+    "Refuse names that are none, and readings that name no token."
+    if not readings:
+        raise ValueError(
+            "read= is an empty mapping, so there is nothing to read. Name something: {'answer': Tokens.generated}."
+        )
+    for name, reading in readings.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"read= names what is read, and {name!r} is not a name: {{'answer': Tokens.generated}}.")
+        is_number = isinstance(reading, Integral) and not isinstance(reading, bool)
+        if not (is_number or isinstance(reading, Tokens) or callable(reading)):
+            raise TypeError(
+                f"read={{{name!r}: ...}} takes an expression such as Tokens.generated, a number, or a function of the text "
+                f"that returns one, not {reading!r}."
             )
-        for name, reading in read.items():
-            if not isinstance(name, str) or not name:
-                raise TypeError(
-                    f"read= names what is read, and {name!r} is not a name: {{'answer': Tokens.generated}}."
-                )
-            one = isinstance(reading, Integral) and not isinstance(reading, bool)
-            if not (one or isinstance(reading, Tokens) or callable(reading)):
-                raise TypeError(
-                    f"read={{{name!r}: ...}} takes an expression such as Tokens.generated, a number, or a function of the text "
-                    f"that returns one, not {reading!r}."
-                )
 
 # %% ../../nbs/reference/train/requests.ipynb #b18b8acc
 def check_model(
     model: nn.Module,
 ) -> None:
-    "Refuse a model that cannot read a text given as token ids."
+    """Refuse a model that cannot read a text given as token ids.
+
+    Raises ValueError with what to pass instead."""
     plain = unwrap(model)[0]
     name, takes = type(plain).__name__, inspect.signature(plain.forward).parameters
     if "decoder_input_ids" in takes and getattr(getattr(plain, "config", None), "is_encoder_decoder", False):

@@ -1,4 +1,12 @@
-"""Samples in every spelling become pairs of texts.
+"""How does each way of writing samples become pairs of texts?
+
+Training takes pairs of texts, or two sets of texts, in whatever form they come: tuples, preference
+rows, data frames, a generator. They become one form here. `as_text` reads one text, `as_sample` one
+pair, `as_sets` recognises two sets, and `sample_rows` turns either kind into rows of a positive and
+a negative text.
+
+A text is a plain string, a conversation, a record (a prompt with its response), or token ids.
+Anything else is refused at once, while the error can still name the sample.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/samples.html
 """
@@ -32,29 +40,18 @@ class SteeringVectorTrainingSample:
 # %% ../../nbs/reference/train/samples.ipynb #1cb251ec
 _PROMPTS, _RESPONSES = ("prompt", "question"), ("response", "completion", "answer")
 
-# %% ../../nbs/reference/train/samples.ipynb #33986b24
+# %% ../../nbs/reference/train/samples.ipynb #88ed24d4
 def as_text(
     text: Any,  # a string, a conversation, ids, or a record of a prompt and its response
     name: str = "This text",  # begins the error message
 ) -> Text:  # records with the keys `prompt` and `response`, or as the conversation they are
-    "The text that `text` spells."
-    text = _listed(text)
-    if isinstance(text, Mapping) and "role" in text:
-        return [text]
+    """One text, in the form that the rooms after this one know.
+
+    Raises TypeError for what is no text."""
+    text = _plain_lists(text)
     if isinstance(text, Mapping):
-        for whole in ("messages", "text"):
-            if whole in text and not {*_PROMPTS, *_RESPONSES} & set(text):
-                return as_text(text[whole], name)
-        asked, said = ([key for key in keys if key in text] for keys in (_PROMPTS, _RESPONSES))
-        if len(asked) == len(said) == 1:
-            return _checked_text(_answered(text[asked[0]], text[said[0]], name), name)
-        raise TypeError(
-            f"{name} must have one prompt and one response, as {{'prompt': ..., 'response': ...}}, or be a string or a list "
-            f"of messages; it is a mapping with the keys {', '.join(map(repr, text))}. Of a tokenizer's output, pass input_ids."
-        )
-    if isinstance(text, str):
-        return text
-    if is_messages(text):
+        return _text_of_mapping(text, name)
+    if isinstance(text, str) or is_messages(text):
         return text
     try:
         return id_row(text)
@@ -64,19 +61,36 @@ def as_text(
             f"one row of token ids; it is {text!r:.80}."
         ) from None
 
+# %% ../../nbs/reference/train/samples.ipynb #efec6c81
+def _text_of_mapping(text: Mapping[str, Any], name: str) -> Text:
+    "A message, a row with a whole text, or a record."
+    if "role" in text:
+        return [text]
+    prompts, responses = ([key for key in keys if key in text] for keys in (_PROMPTS, _RESPONSES))
+    if not prompts and not responses:
+        for whole in ("messages", "text"):
+            if whole in text:
+                return as_text(text[whole], name)
+    if len(prompts) == len(responses) == 1:
+        return _checked_text(_with_answer(text[prompts[0]], text[responses[0]], name), name)
+    raise TypeError(
+        f"{name} must have one prompt and one response, as {{'prompt': ..., 'response': ...}}, or be a string or a list "
+        f"of messages; it is a mapping with the keys {', '.join(map(repr, text))}. Of a tokenizer's output, pass input_ids."
+    )
+
 # %% ../../nbs/reference/train/samples.ipynb #3aae0d95
-def _listed(value: Any) -> Any:
+def _plain_lists(value: Any) -> Any:
     "Lists for arrays of strings or objects, such as tables hold."
     return value.tolist() if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "U", "T") else value
 
-# %% ../../nbs/reference/train/samples.ipynb #ae9d2dfe
-def _answered(
+# %% ../../nbs/reference/train/samples.ipynb #215bb5f5
+def _with_answer(
     prompt: Any,  # words, messages, ids; None: `answer` is a text of its own
     answer: Any,  # words; a message or several, with or without the prompt's own before them; or a record
     name: str = "This text",  # begins the error message
 ) -> Text:
     "The text of a prompt and its answer."
-    prompt, answer = (_message_list(_listed(value)) for value in (prompt, answer))
+    prompt, answer = _message_list(_plain_lists(prompt)), _message_list(_plain_lists(answer))
     if prompt is None or isinstance(answer, Mapping):
         return answer  # type: ignore[no-any-return]  # a text of its own
     if not is_messages(answer):
@@ -116,15 +130,17 @@ def as_sample(
     sample: "TrainingSample",  # a sample, a pair of texts, or a mapping with the columns of one
     name: str = "A training sample",  # begins the error message
 ) -> SteeringVectorTrainingSample:
-    "The sample that `sample` spells."
-    sample = _listed(sample)
+    """A sample, whatever form it came in.
+
+    Raises TypeError or ValueError for what is no sample, or has a prompt that would be lost."""
+    sample = _plain_lists(sample)
     if isinstance(sample, SteeringVectorTrainingSample):
         return sample
     if isinstance(sample, Mapping):
         for pos, neg in _SIDES:
             if pos in sample and neg in sample:
-                own = [_from_table(sample.get(f"read_{side}_token_index")) for side in ("positive", "negative")]
-                return SteeringVectorTrainingSample(*_both(sample, pos, neg, name), *own)
+                own_indices = [_from_table(sample.get(f"read_{side}_token_index")) for side in ("positive", "negative")]
+                return SteeringVectorTrainingSample(*_texts_of_row(sample, pos, neg, name), *own_indices)
     elif isinstance(sample, tuple | list) and len(sample) == 2 and not is_messages(sample):
         return SteeringVectorTrainingSample(sample[0], sample[1])
     raise TypeError(
@@ -133,35 +149,43 @@ def as_sample(
         f'are {{"positive": [...], "negative": [...]}}. Got {sample!r:.80}.'
     )
 
-# %% ../../nbs/reference/train/samples.ipynb #ed58e994
+# %% ../../nbs/reference/train/samples.ipynb #d096dbf9
 def _from_table(value: Any) -> Any:
     "A data frame keeps what is absent as NaN, and whole numbers beside it as floats."
     if not isinstance(value, float):
         return value
-    return None if value != value else int(value) if value.is_integer() else value
+    if value != value:  # NaN
+        return None
+    return int(value) if value.is_integer() else value
 
-# %% ../../nbs/reference/train/samples.ipynb #2db3ec8a
-def _said(text: Any) -> str:
+# %% ../../nbs/reference/train/samples.ipynb #11ca9811
+def _all_words(text: Any) -> str:
     "All words of a text, or of a conversation's contents."
     return "\n".join(last_text(message) or "" for message in text) if is_messages(text) else str(text or "")
 
-# %% ../../nbs/reference/train/samples.ipynb #873e1f1c
-def _both(row: Mapping[str, Any], pos: str, neg: str, name: str) -> tuple[Text, Text]:
+# %% ../../nbs/reference/train/samples.ipynb #078cfe86
+def _texts_of_row(row: Mapping[str, Any], pos: str, neg: str, name: str) -> tuple[Text, Text]:
     "Both texts of a row, which may have its prompt in a column of its own."
     prompt, texts = _from_table(row.get("prompt")), (row[pos], row[neg])
-    strings = all(isinstance(text, str) for text in texts)
-    asked = ("question", "instruction", "input", "query") if prompt is None else ()
-    for key in (*asked, *(() if is_messages(prompt) else ("system",))):
-        words = row.get(key)
-        if isinstance(words, str) and any(words.strip() not in _said(prompt) + _said(text) for text in texts):
-            how = "call that column 'prompt'" if key in asked else "make it the first message of the prompt"
-            raise TypeError(f"{name} has a {key!r} that its texts do not hold: {how}, or leave it out.")
-    if strings and isinstance(prompt, str) and len(prompt.split()) > 2 and all(prompt in text for text in texts):
+    _check_unread_columns(row, prompt, texts, name)
+    are_strings = isinstance(prompt, str) and all(isinstance(text, str) for text in texts)
+    if are_strings and len(prompt.split()) > 2 and all(prompt in text for text in texts):
         raise ValueError(
             f"{name} has a prompt that stands in its {pos} and its {neg} text too. Leave the column 'prompt' out if those are "
             f"whole texts; take it off them if they are answers."
         )
-    return _answered(prompt, texts[0], name), _answered(prompt, texts[1], name)
+    return _with_answer(prompt, texts[0], name), _with_answer(prompt, texts[1], name)
+
+# %% ../../nbs/reference/train/samples.ipynb #0675e865
+def _check_unread_columns(row: Mapping[str, Any], prompt: Any, texts: tuple[Any, Any], name: str) -> None:
+    "Refuse a row with a question or a system prompt that would be lost."
+    other_names = ("question", "instruction", "input", "query") if prompt is None else ()
+    system = () if is_messages(prompt) else ("system",)
+    for key in (*other_names, *system):
+        words = row.get(key)
+        if isinstance(words, str) and any(words.strip() not in _all_words(prompt) + _all_words(text) for text in texts):
+            advice = "call that column 'prompt'" if key in other_names else "make it the first message of the prompt"
+            raise TypeError(f"{name} has a {key!r} that its texts do not hold: {advice}, or leave it out.")
 
 # %% ../../nbs/reference/train/samples.ipynb #d8dbb473
 TrainingSample = SteeringVectorTrainingSample | tuple[Text, Text] | Mapping[str, Any]
@@ -170,7 +194,9 @@ TrainingSample = SteeringVectorTrainingSample | tuple[Text, Text] | Mapping[str,
 def as_sets(
     samples: Any,  # what was given to train on
 ) -> tuple[Iterable[Text], Iterable[Text]] | None:  # positive and negative texts; None: they are pairs
-    "Two sets without pairs, where that is what was given: `{'positive': [...], 'negative': [...]}`."
+    """Two sets without pairs, where that is what was given: `{'positive': [...], 'negative': [...]}`.
+
+    Raises TypeError where a set is one text."""
     if not isinstance(samples, Mapping):
         return None
     for pos, neg in _SIDES[:2]:
@@ -184,26 +210,25 @@ def as_sets(
             return samples[pos], samples[neg]
     return None
 
-# %% ../../nbs/reference/train/samples.ipynb #86d4d7b6
+# %% ../../nbs/reference/train/samples.ipynb #56cf9958
 def as_rows(
     samples: Any,  # any iterable of samples, a data frame, or a mapping of columns
 ) -> Iterable[TrainingSample]:
-    "Samples one by one, also where they come as columns."
+    """Samples one by one, also where they come as columns.
+
+    Raises TypeError for a single sample, and for a mapping that is no table."""
     if isinstance(samples, str | SteeringVectorTrainingSample):
         raise TypeError(
             f"Training samples are a list or another iterable of pairs; got {samples!r:.80}. One sample is a list of one."
         )
     if callable(getattr(samples, "collect", None)):  # polars, before it is computed
         samples = samples.collect()
-    if callable(getattr(samples, "iter_rows", None)):  # polars
-        return list(samples.iter_rows(named=True))
-    if callable(getattr(samples, "to_pylist", None)):  # pyarrow
-        return list(samples.to_pylist())
-    if hasattr(samples, "columns") and callable(getattr(samples, "to_dict", None)):  # pandas
-        return list(samples.to_dict("records"))
+    rows = _rows_of_frame(samples)
+    if rows is not None:
+        return rows
     if not isinstance(samples, Mapping):
-        plain = getattr(samples, "with_format", None)  # datasets, whose rows may be set to come as tables
-        return plain(None) if callable(plain) else samples  # type: ignore[no-any-return]
+        without_format = getattr(samples, "with_format", None)  # datasets, whose rows may be set to come as tables
+        return without_format(None) if callable(without_format) else samples  # type: ignore[no-any-return]
     if {"chosen", "rejected"} <= set(samples):
         keys = [key for key in ("prompt", "chosen", "rejected") if key in samples]
         return [dict(zip(keys, row, strict=True)) for row in zip(*(samples[key] for key in keys), strict=True)]
@@ -211,6 +236,17 @@ def as_rows(
         "Training samples are a list or another iterable of pairs, two sets {'positive': [...], 'negative': [...]}, a data "
         f"frame, or one split of a data set; got a mapping with the keys {', '.join(map(repr, samples))}."
     )
+
+# %% ../../nbs/reference/train/samples.ipynb #1658cd43
+def _rows_of_frame(samples: Any) -> list[Any] | None:
+    "The rows of a data frame; None for anything else."
+    if callable(getattr(samples, "iter_rows", None)):  # polars
+        return list(samples.iter_rows(named=True))
+    if callable(getattr(samples, "to_pylist", None)):  # pyarrow
+        return list(samples.to_pylist())
+    if hasattr(samples, "columns") and callable(getattr(samples, "to_dict", None)):  # pandas
+        return list(samples.to_dict("records"))
+    return None
 
 # %% ../../nbs/reference/train/samples.ipynb #022f413a
 class _Empty:
@@ -234,7 +270,9 @@ class Rows(NamedTuple):
 def sample_rows(
     samples: Any,  # any iterable of pairs, or two sets of texts
 ) -> Rows:
-    "Samples of either kind, row by row."
+    """Samples of either kind, row by row.
+
+    Raises TypeError for what is neither."""
     _check_tuple(samples)
     sets = as_sets(samples)
     if sets is None:

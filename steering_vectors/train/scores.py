@@ -1,4 +1,14 @@
-"""Log-probabilities of continuations.
+"""How probable does a model find a continuation, and how is that asked in batches?
+
+A completion is scored by the mean log-probability of its tokens, given the prompt, so that long and
+short ones can be compared. effects takes the gap between a completion that matches and one that
+does not, in nats per token.
+
+The completions of one batch are padded on the right, where no token can see the padding. Which
+tokens are steered is found for each completion by itself, in its own numbering, and given to the
+batch as a mask: the result is the same whatever the size of a batch. Logits are computed from the
+last token of the prompt on, where the model's `forward` can be asked for that: over a large
+vocabulary the head costs more than the layers.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/scores.html
 """
@@ -37,7 +47,7 @@ def _masks(tokens: Any, pairs: Sequence[Scored]) -> list[Tensor] | None:  # (s,)
         raise ValueError(f"{which} names no token of any of these texts, so nothing would be steered. Choose others.")
     return masks
 
-# %% ../../nbs/reference/train/scores.ipynb #ed328127
+# %% ../../nbs/reference/train/scores.ipynb #8de14c78
 def _scores(
     model: "PreTrainedModel",
     pairs: Sequence[Scored],
@@ -46,21 +56,29 @@ def _scores(
     steer: Callable[[Sequence[Tensor | None]], Any],  # masks of a batch, (b, s), one for each steering -> a context
 ) -> Tensor:  # (n,) mean log-probability of a completion's tokens
     "Score completions; no gradients, in batches."
-    out: list[Tensor] = []
-    knows = "logits_to_keep" in inspect.signature(model.forward).parameters
+    scores: list[Tensor] = []
     for i in range(0, len(pairs), batch_size):
-        batch = pairs[i : i + batch_size]
-        ids = pad_sequence([torch.tensor(p + c, device=CPU) for p, c in batch], batch_first=True)
-        columns = torch.arange(ids.shape[1], device=CPU)
-        real = columns < torch.tensor([[len(p + c)] for p, c in batch], device=CPU)
-        written = real & (columns >= torch.tensor([[len(p)] for p, _ in batch], device=CPU))
-        first = min(len(p) for p, _ in batch) - 1  # the column before the earliest completion
-        keep = {"logits_to_keep": ids.shape[1] - first} if knows else {}
-        part = [None if own is None else pad_sequence([*own[i : i + batch_size]], batch_first=True) for own in masks]
+        part: list[Tensor | None] = []
+        for own in masks:
+            part.append(None if own is None else pad_sequence([*own[i : i + batch_size]], batch_first=True))
         with steer(part):
-            logits = model(input_ids=ids.to(model.device), attention_mask=real.long().to(model.device), **keep).logits
-        logits = logits[:, -(ids.shape[1] - first) : -1].float()
-        right = logits.gather(-1, ids[:, first + 1 :, None].to(logits.device))[..., 0] - logits.logsumexp(-1)
-        scored = written[:, first + 1 :]
-        out.append(torch.where(scored, right.cpu(), 0.0).sum(1) / scored.sum(1))
-    return torch.cat(out)
+            scores.append(_batch_scores(model, pairs[i : i + batch_size]))
+    return torch.cat(scores)
+
+# %% ../../nbs/reference/train/scores.ipynb #7bbc5481
+def _batch_scores(model: "PreTrainedModel", pairs: Sequence[Scored]) -> Tensor:  # (b,)
+    "The scores of one batch."
+    ids = pad_sequence([torch.tensor(p + c, device=CPU) for p, c in pairs], batch_first=True)
+    columns = torch.arange(ids.shape[1], device=CPU)
+    is_token = columns < torch.tensor([[len(p + c)] for p, c in pairs], device=CPU)
+    in_completion = is_token & (columns >= torch.tensor([[len(p)] for p, _ in pairs], device=CPU))
+    first = min(len(p) for p, _ in pairs) - 1  # the column before the earliest completion
+    num_kept = ids.shape[1] - first
+    can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    keep = {"logits_to_keep": num_kept} if can_keep else {}
+    logits = model(input_ids=ids.to(model.device), attention_mask=is_token.long().to(model.device), **keep).logits
+    logits = logits[:, -num_kept:-1].float()
+    next_ids = ids[:, first + 1 :, None].to(logits.device)
+    log_probabilities = logits.gather(-1, next_ids)[..., 0] - logits.logsumexp(-1)
+    scored = in_completion[:, first + 1 :]
+    return torch.where(scored, log_probabilities.cpu(), 0.0).sum(1) / scored.sum(1)

@@ -1,11 +1,12 @@
-"""Contrastive texts go in, a vector comes out.
+"""How do contrastive texts become a steering vector?
 
 `train_steering_vector` is the main job of the library in one call. It reads the activations of both
-texts of every pair, or of all texts of two sets, as extraction does, makes one direction of them at
-every layer, as an aggregator of aggregators says, and wraps the directions in a `SteeringVector`.
-This page adds two small things of its own: activations that are summed up while they are read, so
-that memory does not grow with the number of pairs, and a note of how long activations are, against
-which a vector's strength can be judged.
+texts of every pair, or of all texts of two sets, as extraction does; makes one direction of them at
+every layer, by an aggregator of aggregators; and wraps the directions in a `SteeringVector`.
+
+Two small things are added here. Activations are summed up while they are read where the aggregator
+allows it (`RunningState`), so that memory does not grow with the number of pairs. And the length of
+activations is noted (`NormMeter`), against which a vector's strength can be judged.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/training.html
 """
@@ -18,7 +19,7 @@ __all__ = ['RunningState', 'NormMeter', 'median_norms', 'Found', 'directions', '
 # %% ../../nbs/reference/train/training.ipynb #ce4b24f4
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -32,11 +33,12 @@ from .aggregators import AccumulatingAggregator, Aggregator, aggregate_activatio
 from .aggregators import check_aggregator, mean_aggregator, unpaired
 from .chats import Template
 from .distributed import Distributed, Ranks
-from .extraction import ActivationStore, Collector, joined, read_together
+from .extraction import ActivationStore, Collector, joined, read_on_all_ranks
 from .prompts import Text
-from .reading import ReadTokenIndex, Truncation
+from .reading import ReadTokenIndex
 from .requests import Reading, Request, describe
 from .samples import TrainingSample, as_sets
+from .texts import Truncation
 from .windows import SamplesRead
 from ..vectors.provenance import Provenance, library_version
 from ..vectors.vector import SteeringVector
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/training.ipynb #6d161c0d
 @dataclass
 class RunningState:
-    "A sink that adds activations to an aggregator's states as they come."
+    "A collector that adds activations to an aggregator's states as they come."
 
     aggregator: AccumulatingAggregator
     states: dict[int, Any] = field(default_factory=dict)  # layer -> state
@@ -73,13 +75,13 @@ class RunningState:
         state = self.states[layer] if layer in self.states else self.aggregator.start()
         self.states[layer] = self.aggregator.add(state, pos, neg)
 
-# %% ../../nbs/reference/train/training.ipynb #aa0a835c
+# %% ../../nbs/reference/train/training.ipynb #ab9fecc7
 @dataclass
 class NormMeter:
-    "A sink that notes the length of every activation and hands it on."
+    "A collector that notes the length of every activation and passes it on."
 
-    sink: Collector
-    keep_on_cpu: bool = False  # hand activations on from the CPU
+    collector: Collector
+    keep_on_cpu: bool = False  # pass activations on from the CPU
     lengths: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> lengths
     devices: dict[int, torch.device] = field(default_factory=dict)  # layer -> where its activations were
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)  # layer -> what they were in
@@ -89,37 +91,42 @@ class NormMeter:
             self.devices[layer], self.dtypes[layer] = h.device, h.dtype
             wide = torch.promote_types(h.dtype, torch.float32)
             self.lengths.setdefault(layer, []).append(torch.linalg.vector_norm(h, dim=-1, dtype=wide))
-        self.sink.take(numbers, {layer: h.cpu() for layer, h in acts.items()} if self.keep_on_cpu else acts)
+        self.collector.take(numbers, {layer: h.cpu() for layer, h in acts.items()} if self.keep_on_cpu else acts)
 
     def complete(self, num_rows: int) -> None:
         self.lengths = {layer: [torch.cat(h).float().cpu()] for layer, h in self.lengths.items()}
         for layer, (h,) in self.lengths.items():
-            if bad := int((~h.isfinite()).sum()):
-                raise ValueError(
-                    f"The activations of layer {layer} hold NaN or infinity in {bad} of {len(h)} texts: the model overflows in "
-                    f"{str(self.dtypes[layer]).removeprefix('torch.')}. Load it in bfloat16 or float32."
-                )
-        self.sink.complete(num_rows)
+            _check_finite(h, layer, self.dtypes[layer])
+        self.collector.complete(num_rows)
 
-# %% ../../nbs/reference/train/training.ipynb #aa59926e
+# %% ../../nbs/reference/train/training.ipynb #93dbc2e1
+def _check_finite(lengths: Tensor, layer: int, dtype: torch.dtype) -> None:
+    "Refuse activations that hold NaN or infinity."
+    if num_bad := int((~lengths.isfinite()).sum()):
+        raise ValueError(
+            f"The activations of layer {layer} hold NaN or infinity in {num_bad} of {len(lengths)} texts: the model overflows in "
+            f"{str(dtype).removeprefix('torch.')}. Load it in bfloat16 or float32."
+        )
+
+# %% ../../nbs/reference/train/training.ipynb #8ef10542
 def median_norms(
     lengths: Iterable[dict[int, list[Tensor]]],  # of each process: layer -> lengths
 ) -> dict[int, float]:
     "The median length of the activations of each layer."
-    joined: dict[int, list[Tensor]] = {}
+    by_layer: dict[int, list[Tensor]] = {}
     for part in lengths:
         for layer, h in part.items():
-            joined.setdefault(layer, []).extend(h)
-    return {layer: float(torch.cat(h).median()) for layer, h in sorted(joined.items())}
+            by_layer.setdefault(layer, []).extend(h)
+    return {layer: float(torch.cat(h).median()) for layer, h in sorted(by_layer.items())}
 
 # %% ../../nbs/reference/train/training.ipynb #164697ea
 class Found(NamedTuple):
-    "What training makes of one reading."
+    "What training finds for one reading."
 
     directions: dict[int, Tensor]  # layer -> (d,)
     norms: dict[int, float]  # layer -> median length of the activations
 
-# %% ../../nbs/reference/train/training.ipynb #1a8845c5
+# %% ../../nbs/reference/train/training.ipynb #79683c2d
 def directions(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -128,41 +135,50 @@ def directions(
     aggregator: Aggregator,
     move_to_cpu: bool = False,
 ) -> tuple[dict[str, Found], SamplesRead]:  # by reading; what the samples were
-    "One direction for each layer and reading, and the median length of activations there."
+    """One direction for each layer and reading, and the median length of activations there.
+
+    Raises ValueError where both sides read the same at every layer."""
     check_aggregator(aggregator)
     if as_sets(samples) is not None:
         aggregator = unpaired(aggregator)
-
-    def sink(team: Ranks) -> NormMeter:
-        inner = RunningState(aggregator) if isinstance(aggregator, AccumulatingAggregator) else ActivationStore()
-        return NormMeter(inner, keep_on_cpu=move_to_cpu or team.world > 1 or isinstance(inner, ActivationStore))
-
-    def kept(sink: NormMeter) -> tuple[Any, dict[int, list[Tensor]]]:
-        return sink.sink.states if isinstance(sink.sink, RunningState) else sink.sink.windows, sink.lengths  # type: ignore[attr-defined]
-
-    read, sinks, seen = read_together(
-        model, tokenizer, samples, request, sink, kept, {"aggregator": describe(aggregator)}
-    )
+    collector, facts = partial(_norm_meter, aggregator, move_to_cpu), {"aggregator": describe(aggregator)}
+    kept, meters, seen = read_on_all_ranks(model, tokenizer, samples, request, collector, _exchanged, facts)
     found = {}
-    for name, everyone in read.items():
-        norms = median_norms(lengths for _, lengths in everyone)
-        home: dict[int, Any] = {n: sinks[name].devices.get(n, input_device(model)) for n in norms}
-        vectors = _aggregated(
-            [part for part, _ in everyone], aggregator, dict.fromkeys(norms, "cpu") if move_to_cpu else home
-        )
+    for name, per_process in kept.items():
+        norms = median_norms(lengths for _, lengths in per_process)
+        devices: dict[int, Any] = {n: meters[name].devices.get(n, input_device(model)) for n in norms}
+        if move_to_cpu:
+            devices = dict.fromkeys(norms, "cpu")
+        vectors = _aggregated([part for part, _ in per_process], aggregator, devices)
         found[name] = Found(_not_all_zero(vectors, norms, name), norms)
     return found, seen
 
-# %% ../../nbs/reference/train/training.ipynb #10911858
-def _aggregated(parts: list[Any], aggregator: Aggregator, home: Mapping[int, Any]) -> dict[int, Tensor]:
-    "The direction of each layer, from what the processes kept; `home` is where each belongs."
+# %% ../../nbs/reference/train/training.ipynb #9d366cfa
+def _norm_meter(aggregator: Aggregator, move_to_cpu: bool, team: Ranks) -> NormMeter:
+    "The collector for an aggregator."
     if isinstance(aggregator, AccumulatingAggregator):
-        merged = {n: reduce(aggregator.merge, [states[n] for states in parts if n in states]) for n in home}
-        return {n: aggregator.finish(state).to(home[n]) for n, state in merged.items()}
+        return NormMeter(RunningState(aggregator), keep_on_cpu=move_to_cpu or team.world > 1)
+    return NormMeter(ActivationStore(), keep_on_cpu=True)
+
+# %% ../../nbs/reference/train/training.ipynb #0b64a51d
+def _exchanged(meter: NormMeter) -> tuple[Any, dict[int, list[Tensor]]]:
+    "What processes exchange: states or activations, and lengths."
+    inner: Any = meter.collector
+    return inner.states if isinstance(inner, RunningState) else inner.windows, meter.lengths
+
+# %% ../../nbs/reference/train/training.ipynb #bc39b2c3
+def _aggregated(parts: list[Any], aggregator: Aggregator, devices: Mapping[int, Any]) -> dict[int, Tensor]:
+    "The direction of each layer, on its device, from what the processes kept."
     found: dict[int, Tensor] = {}
+    if isinstance(aggregator, AccumulatingAggregator):
+        for layer, device in devices.items():
+            state = reduce(aggregator.merge, [states[layer] for states in parts if layer in states])
+            found[layer] = aggregator.finish(state).to(device)
+        return found
     pos, neg = joined(parts)
-    for n in home:  # one layer at a time is on the device
-        found |= aggregate_activations({n: pos.pop(n).to(home[n])}, {n: neg.pop(n).to(home[n])}, aggregator)
+    for layer, device in devices.items():  # one layer at a time is on its device
+        sides = {layer: pos.pop(layer).to(device)}, {layer: neg.pop(layer).to(device)}
+        found |= aggregate_activations(*sides, aggregator)
     return found
 
 # %% ../../nbs/reference/train/training.ipynb #1285b347
@@ -185,9 +201,9 @@ def provenance(
     seen: SamplesRead,  # what the samples were
     width: int | None = None,  # of the directions; None: as the model's config has it
 ) -> Provenance:
-    "What is known about a vector at the moment it is made."
+    "Where a vector comes from."
     config, text = getattr(unwrap(model)[0], "config", None), text_config(model)
-    places = {describe(reading) if place is None else str(int(place)) for place in seen.own or {None}}
+    places = {describe(reading) if place is None else str(int(place)) for place in seen.own_indices or {None}}
     return Provenance(
         model_id=getattr(config, "_name_or_path", None) or None,
         revision=getattr(config, "_commit_hash", None),
@@ -203,7 +219,7 @@ def provenance(
         num_negative=None if seen.paired else seen.negative,
     )
 
-# %% ../../nbs/reference/train/training.ipynb #e3d748d1
+# %% ../../nbs/reference/train/training.ipynb #4f052251
 @overload
 def train_steering_vector(
     model: nn.Module, tokenizer: "PreTrainedTokenizerBase", training_samples: Any, layers: Iterable[int] | None = ...,
@@ -214,7 +230,7 @@ def train_steering_vector(
     add_generation_prompt: bool | None = ..., template: Template | None = ..., chat: bool | None = ...,
 ) -> SteeringVector: ...  # fmt: skip
 
-
+# %% ../../nbs/reference/train/training.ipynb #fbd07bf0
 @overload
 def train_steering_vector(
     model: nn.Module, tokenizer: "PreTrainedTokenizerBase", training_samples: Any, layers: Iterable[int] | None = ...,
@@ -225,7 +241,7 @@ def train_steering_vector(
     add_generation_prompt: bool | None = ..., template: Template | None = ..., chat: bool | None = ...,
 ) -> dict[str, SteeringVector]: ...  # fmt: skip
 
-
+# %% ../../nbs/reference/train/training.ipynb #88980543
 def train_steering_vector(
     model: nn.Module,  # any causal language model
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer; not changed
@@ -254,27 +270,18 @@ def train_steering_vector(
     template: Template | None = None,  # arguments of the chat template: {"enable_thinking": False}
     chat: bool | None = None,  # put a record's prompt into the chat template; None: where there is one
 ) -> Any:  # a SteeringVector; where `read` has names, one for each of them
-    "Train a steering vector on pairs of texts, or on two sets of them."
+    """Train a steering vector on pairs of texts, or on two sets of them.
+
+    With the default aggregator this is Contrastive Activation Addition (Rimsky et al. 2023, arXiv:2312.06681).
+    Raises ValueError or TypeError for samples, layers or a model that cannot be read."""
     request = Request(
-        layers,
-        layer_type,
-        layer_config,
-        read_token_index,
-        read,
-        show_progress,
-        batch_size,
-        tqdm_desc,
-        token_budget,
-        truncation,
-        distributed,
-        add_generation_prompt,
-        template,
-        chat,
-    )
+        layers, layer_type, layer_config, read_token_index, read, show_progress, batch_size, tqdm_desc,
+        token_budget, truncation, distributed, add_generation_prompt, template, chat,
+    )  # fmt: skip
     found, seen = directions(model, tokenizer, training_samples, request, aggregator, move_to_cpu)
     vectors = {}
     for name, (vector, norms) in found.items():
         width = next((len(direction) for direction in vector.values()), None)
-        story = provenance(model, request.readings[name], aggregator, norms, seen, width)
-        vectors[name] = SteeringVector(vector, layer_type, story)
+        origin = provenance(model, request.readings[name], aggregator, norms, seen, width)
+        vectors[name] = SteeringVector(vector, layer_type, origin)
     return vectors if isinstance(read, Mapping) else vectors[""]
