@@ -7,7 +7,6 @@ editor or in a traceback reads the same words, and finds the address of the page
 import json
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import _pages
@@ -17,7 +16,7 @@ WIDTH = 100
 
 
 def paragraphs(cells: list[dict]) -> list[str]:
-    "The paragraphs between a page's title and its first code or heading; pictures and lists are left out."
+    "The paragraphs and lists between a page's title and its first code or heading; pictures and tables are left out."
     found: list[str] = []
     for cell in cells[1:]:
         text = _pages.source(cell).strip()
@@ -45,8 +44,7 @@ def docstring(page: Path) -> str:
     config = get_config()
     site = config.doc_host + config.doc_baseurl.rstrip("/")
     address = f"{site}/{page.relative_to(_pages.NBS).with_suffix('.html').as_posix()}"
-    parts = [textwrap.fill(part, WIDTH, break_long_words=False, break_on_hyphens=False) for part in paragraphs(cells)]
-    text = "\n\n".join([question, *parts, f"Docs: {address}"])
+    text = "\n\n".join([question, *map(wrapped, paragraphs(cells)), f"Docs: {address}"])
     mark = "r" if "\\" in text else ""
     return f'{mark}"""{text}\n"""'
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from plain import shown
 
 from steering_vectors import (
     Effect,
@@ -293,7 +294,7 @@ MEASURES = {
         None,
         [],
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_what_is_no_list_of_contrasts_is_refused(tiny, measure, contrasts):
     with pytest.raises(ValueError, match="what matches, what does not"):
@@ -303,7 +304,7 @@ def test_what_is_no_list_of_contrasts_is_refused(tiny, measure, contrasts):
 @pytest.mark.parametrize(
     "texts",
     ["The sky", b"The sky", [{"role": "user", "content": "Hi"}], torch.tensor([1, 5, 6]), [], None, 3],
-    ids=repr,
+    ids=shown,
 )
 def test_one_text_without_a_list_is_refused(tiny, texts):
     with pytest.raises((TypeError, ValueError), match="texts come in a list|give at least one"):
@@ -328,7 +329,7 @@ def test_one_text_without_a_list_is_refused(tiny, texts):
         ([None], "Multipliers are numbers"),
         ({1: 2}, "Multipliers are numbers"),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_multipliers_that_are_none_are_refused(tiny, name, multipliers, words):
     with pytest.raises((TypeError, ValueError), match=words):
@@ -339,7 +340,7 @@ def test_multipliers_that_are_none_are_refused(tiny, name, multipliers, words):
 @pytest.mark.parametrize(
     "several",
     [torch.linspace(-2, 2, 3), np.array([-2.0, 0, 2]), range(-2, 3, 2), (-2, 0, 2), lambda: iter([-2, 0, 2])],
-    ids=repr,
+    ids=shown,
 )
 def test_multipliers_may_come_as_anything_that_holds_numbers(tiny, name, several):
     several = several() if callable(several) else several
@@ -350,7 +351,7 @@ def test_multipliers_may_come_as_anything_that_holds_numbers(tiny, name, several
 
 
 @pytest.mark.parametrize("name", MEASURES)
-@pytest.mark.parametrize("one", [2, 2.0, torch.tensor(2.0), np.float32(2), np.int64(2)], ids=repr)
+@pytest.mark.parametrize("one", [2, 2.0, torch.tensor(2.0), np.float32(2), np.int64(2)], ids=shown)
 def test_one_multiplier_needs_no_list(tiny, name, one):
     assert MEASURES[name](*tiny, multipliers=one).multipliers == (2.0,)
 
@@ -363,7 +364,7 @@ def test_a_multiplier_is_looked_up_as_one_would_type_it(tiny):
 
 
 @pytest.mark.parametrize(
-    "layers", ["frist", ["frist"], [True], True, 1.5, [1.5], [(1, "a")], [()], {1: 2}, b"all", [[[1]]]], ids=repr
+    "layers", ["frist", ["frist"], [True], True, 1.5, [1.5], [(1, "a")], [()], {1: 2}, b"all", [[[1]]]], ids=shown
 )
 def test_layers_that_are_none_are_refused(tiny, layers):
     with pytest.raises(TypeError, match="A layer is a number"):
@@ -395,7 +396,7 @@ def test_layers_that_are_not_there_are_refused(tiny, layers, words):
         (np.array([-2, -1]), [1, 2]),
         (None, [1, 2]),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_layers_are_what_one_would_type(tiny, layers, keys):
     s = sweep(*tiny, "Hi", layers=layers, multipliers=2, max_new_tokens=3)
@@ -408,7 +409,7 @@ def test_layers_are_what_one_would_type(tiny, layers, keys):
 
 
 @pytest.mark.parametrize(
-    "how", [{"batch_size": 0}, {"batch_size": -1}, {"batch_size": 2.5}, {"batch_size": True}], ids=repr
+    "how", [{"batch_size": 0}, {"batch_size": -1}, {"batch_size": 2.5}, {"batch_size": True}], ids=shown
 )
 def test_a_batch_has_a_size(tiny, how):
     for name in ("completion_gap", "text_loss"):
@@ -422,7 +423,7 @@ def test_a_batch_has_a_size(tiny, how):
         next_token_shift(*tiny, "Hi", k=how["batch_size"])
 
 
-@pytest.mark.parametrize("temperature", [-1, math.nan, math.inf, "1", None, True, [1.0]], ids=repr)
+@pytest.mark.parametrize("temperature", [-1, math.nan, math.inf, "1", None, True, [1.0]], ids=shown)
 def test_a_temperature_is_a_number_from_0_on(tiny, temperature):
     with pytest.raises((TypeError, ValueError), match="A temperature is a number from 0 on"):
         sweep(*tiny, "Hi", 0, 1, 2, temperature=temperature)
@@ -437,7 +438,7 @@ def test_a_vector_is_a_vector(tiny, name):
 # --- negative layers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("numbers", [(-2, -1), (1, -1), (-2, 2)], ids=repr)
+@pytest.mark.parametrize("numbers", [(-2, -1), (1, -1), (-2, 2)], ids=shown)
 def test_a_vector_may_count_from_the_end(tiny, numbers):
     model, tokenizer, v = tiny
     behind = SteeringVector(dict(zip(numbers, v.layer_activations.values(), strict=True)))
@@ -538,7 +539,7 @@ SELECTIONS = [
 ]
 
 
-@pytest.mark.parametrize("tokens", SELECTIONS, ids=repr)
+@pytest.mark.parametrize("tokens", SELECTIONS, ids=shown)
 def test_the_size_of_a_batch_changes_no_number(tiny, tokens):
     model, tokenizer, v = tiny
     contrasts = [("Hi", "good day", "bad"), ("How are you all today?", "fine", "not so well"), ("Well well", "x", "y")]
@@ -555,7 +556,7 @@ def test_the_size_of_a_batch_changes_no_number(tiny, tokens):
         assert not torch.allclose(gaps[0], whole, atol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [t for t in SELECTIONS if repr(t) != "[-1]"], ids=repr)
+@pytest.mark.parametrize("tokens", [t for t in SELECTIONS if repr(t) != "[-1]"], ids=shown)
 def test_the_size_of_a_batch_changes_no_loss_and_no_projection(tiny, tokens):
     model, tokenizer, v = tiny
     texts = ["The sky is blue today.", "Bread.", "We met at noon, and it rained."]
@@ -717,7 +718,7 @@ def test_a_replys_mean_is_the_five_lines_by_hand(made):
         ([1, 20, 21], None, Projections),
         (torch.tensor([[1, 20]]), None, Projections),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_one_text_gives_one_result_and_a_list_gives_a_set(tiny, texts, first, kind):
     found = projections(*tiny, texts)
@@ -737,7 +738,7 @@ def test_one_text_gives_one_result_and_a_list_gives_a_set(tiny, texts, first, ki
         ([], None, "give at least one"),
         (["hi"], torch.ones(2, 3), "batches of its own"),
     ],
-    ids=repr,
+    ids=shown,
 )
 @pytest.mark.filterwarnings("ignore:A conversation does not end")
 def test_a_reply_that_is_not_there_is_no_number(tiny, text, tokens, words):
@@ -880,7 +881,7 @@ def same(a, b):
     return all(map(same, a, b)) if isinstance(a, list) else a == b
 
 
-@pytest.mark.parametrize("tokens", [None, [0], slice(-2, None), Tokens.response], ids=repr)
+@pytest.mark.parametrize("tokens", [None, [0], slice(-2, None), Tokens.response], ids=shown)
 @pytest.mark.parametrize("name", [*MEASURES, "next_token_shift", "projections"])
 def test_the_default_device_is_the_users_own_affair(tiny, name, tokens):
     chats = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]] * 2

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import hooks_on
+from plain import hooks_on, shown
 from torch import Tensor, nn
 from versions import fault, skip_if
 
@@ -71,7 +71,7 @@ def alive(gone: list[Any]) -> int:
     return sum(ref() is not None for ref in gone)
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("how", HOW, ids=shown)
 @pytest.mark.parametrize("run", [False, True], ids=["not run", "run"])
 def test_a_dropped_handle_lets_its_model_go(how: dict[str, Any], run: bool) -> None:
     "Nothing is removed: model and handle are dropped, attached."
@@ -85,7 +85,7 @@ def test_a_dropped_handle_lets_its_model_go(how: dict[str, Any], run: bool) -> N
     assert alive(gone) == 0 and attachments._stance.forced is None and not list(attachments._listeners)
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("how", HOW, ids=shown)
 def test_a_cell_that_runs_four_times(how: dict[str, Any]) -> None:
     gone: list[Any] = []
     for i in range(4):
@@ -136,7 +136,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("how", HOW, ids=shown)
 @pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
 def test_a_copy_is_another_model(model: Any, made: Callable[[Any], Any], how: dict[str, Any]) -> None:
     "It is not steered, it can be steered, and it does not keep the original."
@@ -426,7 +426,9 @@ def test_an_encoder_alone_and_an_encoder_that_runs_once() -> None:
         t5.generate(encoder_outputs=begun, max_new_tokens=3, min_new_tokens=3)
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}], ids=shown
+)
 def test_no_false_alarm_while_generating(model: Any, how: dict[str, Any]) -> None:
     ids = IDS[:1]
     with warnings.catch_warnings(action="error", category=RuntimeWarning), vector(0, 2).apply(model):
@@ -729,10 +731,10 @@ THREE = torch.cat([IDS, IDS[:1].flip(1)])
 
 
 @pytest.mark.parametrize(
-    "operator", [*CUSTOM, None, ablation_operator(0.5), ablation_then_addition_operator()], ids=str
+    "operator", [*CUSTOM, None, ablation_operator(0.5), ablation_then_addition_operator()], ids=shown
 )
-@pytest.mark.parametrize("rows", ROWS, ids=str)
-@pytest.mark.parametrize("say", [{}, {"min_token_index": 3}], ids=str)
+@pytest.mark.parametrize("rows", ROWS, ids=shown)
+@pytest.mark.parametrize("say", [{}, {"min_token_index": 3}], ids=shown)
 def test_a_row_gets_what_its_multiplier_would_give_the_batch(
     model: Any, operator: Any, rows: list[float], say: dict[str, Any]
 ) -> None:
@@ -815,7 +817,7 @@ IN_PLACE = {adds_in_place: 1.0, writes_the_vector: 3.0, returns_its_input: 1.0, 
 
 @pytest.mark.parametrize(("operator", "times"), IN_PLACE.items(), ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize(
-    "how", [{}, {"token_indices": [2]}, {"multiplier": [1.0, 0.0]}, {"multiplier": [1.0, 2.0]}], ids=str
+    "how", [{}, {"token_indices": [2]}, {"multiplier": [1.0, 0.0]}, {"multiplier": [1.0, 2.0]}], ids=shown
 )
 @pytest.mark.parametrize("by_row", [False, True])
 def test_what_an_operator_writes_into_stays_as_it_was(
@@ -866,8 +868,8 @@ TOO_MUCH = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "multiplier", "operator"), TOO_MUCH, ids=str)
-@pytest.mark.parametrize("say", [{}, {"min_token_index": 3}], ids=str)
+@pytest.mark.parametrize(("dtype", "multiplier", "operator"), TOO_MUCH, ids=shown)
+@pytest.mark.parametrize("say", [{}, {"min_token_index": 3}], ids=shown)
 def test_a_multiplier_that_does_not_fit(
     dtype: torch.dtype, multiplier: Any, operator: Any, say: dict[str, Any]
 ) -> None:
@@ -974,7 +976,7 @@ TRANSFORMED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("how", TRANSFORMED, ids=str)
+@pytest.mark.parametrize("how", TRANSFORMED, ids=shown)
 def test_function_transforms(model: Any, how: dict[str, Any]) -> None:
     model.set_attn_implementation("eager")  # forward mode has no other
     model.requires_grad_(False)

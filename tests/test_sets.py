@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain import shown
 from test_extraction import HEAD, said
 
 from steering_vectors import (
@@ -132,7 +133,7 @@ def test_aggregators_of_pairs_are_refused_before_anything_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "aggregator", [mean_aggregator(), logistic_aggregator(), pca_aggregator(paired=False)], ids=repr
+    "aggregator", [mean_aggregator(), logistic_aggregator(), pca_aggregator(paired=False)], ids=shown
 )
 def test_the_order_of_a_set_plays_no_part(aggregator: Any) -> None:
     "Also where both have one length, and rows that happen to stand side by side could be taken for pairs."

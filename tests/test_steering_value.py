@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import shown
 
 from steering_vectors import (
     Steering,
@@ -81,9 +82,9 @@ def logits(model, *handles, ids=IDS):
 # The value
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
-@pytest.mark.parametrize("multiplier", [1.5, 0, [2, -1]], ids=repr)
-@pytest.mark.parametrize("tokens", [None, Tokens.prompt[-4:], Tokens.columns[2:]], ids=repr)
+@pytest.mark.parametrize("operator", OPERATORS, ids=shown)
+@pytest.mark.parametrize("multiplier", [1.5, 0, [2, -1]], ids=shown)
+@pytest.mark.parametrize("tokens", [None, Tokens.prompt[-4:], Tokens.columns[2:]], ids=shown)
 def test_a_steering_is_apply_to_the_bit(made, operator, multiplier, tokens):
     model, _, vector = made
     how = {"operator": operator, "multiplier": multiplier, "tokens": tokens}
@@ -98,7 +99,7 @@ def test_plain_directions_steer_as_their_vector_does(made):
     assert torch.equal(logits(model, plain.apply(model)), logits(model, vector.apply(model, multiplier=2)))
 
 
-@pytest.mark.parametrize("one, other", [(2, 1.5), (2, [1.5, -1]), ([1.5, -1], 2)], ids=repr)
+@pytest.mark.parametrize("one, other", [(2, 1.5), (2, [1.5, -1]), ([1.5, -1], 2)], ids=shown)
 def test_multipliers_are_multiplied(tiny, one, other):
     model, _, vector = tiny
     ours = logits(model, vector.steering(multiplier=one).times(other).apply(model))
@@ -129,7 +130,7 @@ def test_a_steering_stays_as_it_was(tiny):
         ({"operator": ablation_operator(0.5)}, "v[1:3].steering(operator=ablation_operator(fraction=0.5))"),
         ({"tokens": Tokens.prompt[-4:]}, "v[1:3].steering(tokens=Tokens.prompt[-4:])"),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_a_steering_prints_as_the_line_that_makes_it(tiny, how, written):
     steering = tiny[2].steering(**how)
@@ -148,8 +149,8 @@ def test_the_layers_are_printed_as_the_index_that_chooses_them(tiny):
 # JSON
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
-@pytest.mark.parametrize("tokens", SELECTIONS, ids=repr)
+@pytest.mark.parametrize("operator", OPERATORS, ids=shown)
+@pytest.mark.parametrize("tokens", SELECTIONS, ids=shown)
 def test_every_steering_comes_back_from_json(tiny, operator, tokens):
     v = tiny[2]
     steering = v.steering(operator=operator, multiplier=-1.5, tokens=tokens)
@@ -276,14 +277,14 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("name", MEASURES)
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", HOWS, ids=shown)
 def test_a_steering_at_two_is_measured_at_twice_the_multiplier(tiny, name, how):
     model, tokenizer, v = tiny
     doubled = MEASURES[name](model, tokenizer, v.steering(multiplier=2, **how), [-1, 1])
     assert same(doubled, MEASURES[name](model, tokenizer, v.steering(**how), [-2, 2]))
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", HOWS, ids=shown)
 def test_a_loss_is_that_of_the_model_in_the_same_context(tiny, how):
     model, tokenizer, v = tiny
     inputs = tokenizer(TEXTS[0], return_tensors="pt")
@@ -299,7 +300,7 @@ def test_a_loss_is_that_of_the_model_in_the_same_context(tiny, how):
     assert math.isclose(text_loss(model, tokenizer, v.steering(**how), TEXTS[:1], 1.5)[1.5], expected, rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", HOWS, ids=shown)
 def test_the_next_token_is_that_of_a_pass_in_the_same_context(tiny, how):
     model, tokenizer, v = tiny
     ids = prompt_ids(tokenizer, "Hi")
@@ -309,7 +310,7 @@ def test_the_next_token_is_that_of_a_pass_in_the_same_context(tiny, how):
     assert torch.allclose(torch.tensor(shift.after), after[chosen], atol=1e-6)
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", HOWS, ids=shown)
 def test_a_sweep_is_generation_in_the_same_context(tiny, how):
     model, tokenizer, v = tiny
     ids = prompt_ids(tokenizer, "Hi")
@@ -408,7 +409,7 @@ def explored(tiny, steering, **how):
         *zip(OPERATORS, ["add", "ablate", "ablation_operator(fraction=0.5)", "ablate, then add"], strict=True),
         (halve, "halve"),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_the_dials_begin_with_the_steerings_own(tiny, operator, name):
     model, tokenizer, v = tiny

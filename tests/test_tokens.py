@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from plain import shown
 
 from steering_vectors.steer.layouts import Layout, PromptLayout, numbering, prompt_tokens
 from steering_vectors.steer.places import select
@@ -186,7 +187,7 @@ def test_a_start_that_only_the_device_knows(batch: dict[str, Any], data: Any) ->
 
 @pytest.mark.parametrize("whole", [True, False], ids=["mask of everything", "mask of the prompt"])
 @pytest.mark.parametrize(
-    "tokens", [Tokens.all, Tokens.generated, Tokens.response, Tokens.generated[1:3], Tokens.response[::2]], ids=repr
+    "tokens", [Tokens.all, Tokens.generated, Tokens.response, Tokens.generated[1:3], Tokens.response[::2]], ids=shown
 )
 def test_padding_beyond_the_prompt(tokens: Tokens, whole: bool) -> None:
     "A later turn may be padded as well: rows then count apart, in however many passes it is read."
@@ -240,7 +241,7 @@ IDS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("ids", IDS, ids=repr)
+@pytest.mark.parametrize("ids", IDS, ids=shown)
 def test_ids_of_every_type(ids: Any) -> None:
     assert repr(Tokens.prompt - ids) == "Tokens.prompt - [13]"
 
@@ -267,7 +268,7 @@ COLUMNS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("chosen", COLUMNS, ids=repr)
+@pytest.mark.parametrize("chosen", COLUMNS, ids=shown)
 @pytest.mark.parametrize("join", [or_, and_, sub], ids=lambda join: join.__name__)
 def test_columns_of_every_type_stand_on_either_side(chosen: Any, join: Any) -> None:
     place = Layout(0, 1, 8, 4)
@@ -371,7 +372,7 @@ def test_a_tensor_that_looks_like_numbers_is_a_mask_and_warned_about(numbers: li
         torch.tensor([False, True]),
         [False, True],
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_nothing_else_is_warned_about(mask: Any) -> None:
     with warnings.catch_warnings():
@@ -443,7 +444,7 @@ def test_another_default_device(how: Any) -> None:
         [0, 4] | Tokens.prompt,
         as_selection(min_token_index=3),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_integers_decide_a_generated_token(tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     "No tensor is made in a pass that reads one generated token, padded rows or not."
@@ -596,7 +597,7 @@ MIXED: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("tokens", MIXED, ids=repr)
+@pytest.mark.parametrize("tokens", MIXED, ids=shown)
 def test_in_a_model_with_and_without_a_cache(tokens: Tokens) -> None:
     "Padded rows, generated from: the columns that differ from the unsteered ones are those that are meant."
     from steering_vectors import SteeringVector

@@ -3,12 +3,19 @@
 Nothing here calls the library. Every step of a generation is computed from the beginning of its text.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def shown(value: object) -> str:
+    "A value as the name of a case: its `repr` without addresses, which differ from process to process."
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
 
 Change = Callable[[Tensor, Tensor], Tensor]  # one token's activation (d,), the scaled vector (d,) -> its new activation
 Want = Callable[[int, int], bool]  # column of the batch, number in the row -> whether it is steered
