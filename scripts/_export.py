@@ -27,12 +27,17 @@ def paragraphs(cells: list[dict]) -> list[str]:
         if text.startswith("#"):
             break
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        found += [
-            part
-            for part in re.split(r"\n\s*\n", prose)
-            if part.strip() and not re.match(r"\s*([-*] |[|<!]|\d\.)", part)
-        ]
-    return [ADDRESS.sub(r"\1", " ".join(part.split())) for part in found]
+        parts = re.split(r"\n\s*\n", prose)
+        found += [part for part in parts if part.strip() and not re.match(r"\s*[|<!]", part)]
+    return [ADDRESS.sub(r"\1", part) for part in found]
+
+
+def wrapped(part: str) -> str:
+    "A paragraph, or the items of a list one by one, in lines of `WIDTH`."
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    if not re.match(r"\s*([-*] |\d\.)", part):
+        return textwrap.fill(" ".join(part.split()), WIDTH, **how)
+    return "\n".join(textwrap.fill(item, WIDTH, subsequent_indent="  ", **how) for item in part.splitlines())
 
 
 def docstring(page: Path) -> str:
