@@ -7,7 +7,9 @@ editor or in a traceback reads the same words, and finds the address of the page
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import _pages
 
