@@ -4,7 +4,7 @@
     python benchmarks/families.py --other PATH            # and the one installed in folder PATH (pip install --target)
 
 Each library runs in a process of its own on the same tiny models, and is compared with hooks and loops written by hand,
-which use no cache (tests/families_by_hand.py). The list of layers to be found is the committed one (tests/families.json).
+which use no cache (tests/helpers/families_by_hand.py). The list of layers to be found is the committed one (tests/helpers/families.json).
 """
 
 import argparse
@@ -25,7 +25,7 @@ PAIRS = [("I am glad", "I am sad"), ("what a day it is", "no"), ("yes, it is so"
 
 def measure(tokenizer_folder: str) -> dict[str, dict[str, bool]]:
     "Family -> check -> whether it holds, for the library that this process imports."
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import families
     from transformers import PreTrainedTokenizerFast
 

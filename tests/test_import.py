@@ -20,14 +20,15 @@ ablation_operator addition_operator ablation_then_addition_operator""".split()
 
 
 def measured(statement: str) -> tuple[float, list[str]]:
-    "Seconds that `statement` takes after `import torch, transformers`, and the heavy modules it has loaded."
+    """Seconds of the processor that `statement` takes after `import torch, transformers`, and the heavy modules it has
+    loaded. (The clock on the wall would measure what else the machine does.)"""
     code = f"""
 import json, sys, time
 import torch, transformers
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 {statement}
-took = time.perf_counter() - start
+took = time.process_time() - start
 print(json.dumps([took, [m for m in {HEAVY} if m in sys.modules and m not in before]]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
