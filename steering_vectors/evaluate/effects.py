@@ -24,20 +24,20 @@ __all__ = ['Contrast', 'TokenShift', 'next_token_shift', 'Effect', 'completion_g
 # %% ../../nbs/reference/evaluate/effects.ipynb #62de4031
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .arguments import Steerable, Subject, _listed_texts, check_ids, in_model
+from .arguments import Steerable, _listed_texts, check_ids, in_model
 from .results import NotMeasured, _Keyed, _Rows, token_texts
 from ..markup import html_table, text_table
 from ..modes import _measuring
 from ..numbers import as_count, as_multipliers, as_number, near
 from ..train.chats import Template
 from ..train.prompts import Prompt, Text, continuation_ids, prompt_ids
-from ..train.scores import Scored, _masks, _scores
+from ..train.continuations import Scored
+from ..train.scores import TextScorer
 from ..train.texts import texts_ids
 
 if TYPE_CHECKING:
@@ -176,21 +176,14 @@ def _curve(
     steering: Steerable,
     multipliers: Sequence[float],
     pairs: Sequence[Scored],
-    batch_size: int,
+    batch_size: int | None = None,
 ) -> Tensor:  # (n, m)
     "Scores of completions at each multiplier."
     here = in_model(model, steering)
     check_ids(model, (ids for pair in pairs for ids in pair))
-    masks, columns = [_masks(tokens, pairs) for tokens in here.selections], []
-    for m in multipliers:
-        with _measuring(model):
-            columns.append(_scores(model, pairs, batch_size, masks, partial(_steered_at, here, model, m)))
-    return torch.stack(columns, 1)
-
-
-def _steered_at(here: Subject, model: "PreTrainedModel", m: float, masks: Sequence[Tensor | None]) -> Any:
-    "The model steered at `m`, where a batch's masks say which tokens."
-    return here.apply(model, m, masks=masks)
+    scorer = TextScorer(model, pairs, batch_size)
+    with _measuring(model):
+        return torch.stack([scorer.scores(here.steerings, m) for m in multipliers], 1)
 
 # %% ../../nbs/reference/evaluate/effects.ipynb #3749e0c4
 Contrast = tuple[Prompt, str, str]  # a prompt, what matches the concept, what does not
@@ -227,7 +220,7 @@ def completion_gap(
     steering: Steerable,  # a vector, a `Steering`, or several that act together
     contrasts: Sequence[Contrast],  # prompt, completion that matches, completion that does not
     multipliers: float | Sequence[float] | Tensor = (-2, -1, 0, 1, 2),
-    batch_size: int = 16,  # completions in one pass
+    batch_size: int | None = None,  # most completions in one pass; None lets the token budget decide
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     add_generation_prompt: bool | None = None,  # open an answer; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template
@@ -236,7 +229,7 @@ def completion_gap(
     asked, numbers, size = (
         _contrasts(contrasts, "contrast"),
         as_multipliers(multipliers),
-        as_count(batch_size, "batch_size"),
+        None if batch_size is None else as_count(batch_size, "batch_size"),
     )
     how = (chat, add_generation_prompt, template)
     pairs = [continuation_ids(tokenizer, prompt, text, *how) for prompt, *both in asked for text in both]
@@ -258,15 +251,8 @@ def answer_gap(
     asked, numbers = _contrasts(questions, "question"), as_multipliers(multipliers)
     how = (chat, add_generation_prompt, template)
     scored = [[_one_token(*continuation_ids(tokenizer, p, a, *how), a) for a in both] for p, *both in asked]
-    here = in_model(model, steering)
-    check_ids(model, (ids for question in scored for ids, _ in question))
-    rows = []
-    for (ids, first), (_, second) in scored:
-        batch = torch.tensor([ids], device=model.device).expand(len(numbers), -1)
-        with here.apply(model, numbers, batch), _measuring(model):
-            logits = model(input_ids=batch).logits[:, -1].float().cpu()
-        rows.append(logits[:, first] - logits[:, second])
-    return Effect("logit gap", "logits", numbers, torch.stack(rows))
+    scores = _curve(model, steering, numbers, [(ids, [answer]) for both in scored for ids, answer in both])
+    return Effect("logit gap", "logits", numbers, scores[0::2] - scores[1::2])
 
 # %% ../../nbs/reference/evaluate/effects.ipynb #80239553
 def _one_token(prompt: list[int], written: list[int], answer: str) -> tuple[list[int], int]:
@@ -292,12 +278,13 @@ def text_loss(
     steering: Steerable,  # a vector, a `Steering`, or several that act together
     texts: Sequence[Text],  # ordinary sentences, of two tokens or more; or conversations, ids
     multipliers: float | Sequence[float] | Tensor = (-2, -1, 0, 1, 2),
-    batch_size: int = 16,  # texts in one pass
+    batch_size: int | None = None,  # most texts in one pass; None lets the token budget decide
     add_generation_prompt: bool | None = None,  # put an answer's header after a conversation
     template: Template | None = None,  # arguments of the chat template
 ) -> Effect:  # nats per token, by text and multiplier
     "How surprised the steered model is by ordinary text."
-    read, numbers, size = _checked_texts(texts), as_multipliers(multipliers), as_count(batch_size, "batch_size")
+    read, numbers = _checked_texts(texts), as_multipliers(multipliers)
+    size = None if batch_size is None else as_count(batch_size, "batch_size")
     ids = texts_ids(tokenizer, read, add_generation_prompt, template)
     for i, row in enumerate(ids):
         if len(row) < 2:
