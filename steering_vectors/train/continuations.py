@@ -105,15 +105,15 @@ def _targets(pairs: Sequence[Scored]) -> list[Tensor]:
     "The tokens of each continuation."
     return [torch.tensor(c, dtype=torch.long, device=CPU) for _, c in pairs]
 
-# %% ../../nbs/reference/train/continuations.ipynb #f5d7f9fb
-_MARK = 1 << 32  # ids are below
+# %% ../../nbs/reference/train/continuations.ipynb #d74e966d
+_STEERED_BIT = 1 << 32  # ids are below
 
-# %% ../../nbs/reference/train/continuations.ipynb #ff5dac4e
+# %% ../../nbs/reference/train/continuations.ipynb #2e562568
 def _marked(ids: list[int], masks: Sequence[Tensor | None]) -> list[int]:
     "Ids that also tell which steerings mean them."
     for i, mask in enumerate(masks):
         if mask is not None:
-            ids = [n + (_MARK << i) * on for n, on in zip(ids, mask.tolist()[: len(ids)], strict=True)]
+            ids = [n + (_STEERED_BIT << i) * on for n, on in zip(ids, mask.tolist()[: len(ids)], strict=True)]
     return ids
 
 # %% ../../nbs/reference/train/continuations.ipynb #0a7805ff
@@ -131,12 +131,12 @@ def packed_passes(
     budget = min(token_budget_of(model), max(64, 2**26 // vocabulary), window_of(model) or 2**26)
     return [_packed_pass(model, pairs, masks, row, by_kind) for row in pack(marked, budget, batch_size)]
 
-# %% ../../nbs/reference/train/continuations.ipynb #99563dae
+# %% ../../nbs/reference/train/continuations.ipynb #84a26883
 def _packed_pass(
     model: nn.Module, pairs: Sequence[Scored], masks: Sequence[Sequence[Tensor] | None], row: Row, by_kind: bool
 ) -> ScoredPass:
     "One row of marked ids as a pass."
-    marks, row.ids = [n // _MARK for n in row.ids], [n % _MARK for n in row.ids]
+    marks, row.ids = [n // _STEERED_BIT for n in row.ids], [n % _STEERED_BIT for n in row.ids]
     numbers, device = list(row.paths), input_device(model)
     texts = {n: EncodedText(row.sequence(n), [0]) for n in numbers}
     made = packed_batch(row, texts, mask_kinds(text_config(model)), by_kind, _dtype(model), device)

@@ -23,7 +23,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/train/damage.html
 # %% auto #0
 __all__ = ['EVERYDAY_PROMPTS', 'OwnAnswers', 'own_answers', 'kl_per_token', 'DamageScorer']
 
-# %% ../../nbs/reference/train/damage.ipynb #49be8760
+# %% ../../nbs/reference/train/damage.ipynb #68090b22
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..model.blocks import input_device
 from ..modes import _measuring
 from ..numbers import as_count
 from ..steer.steering import Steering
@@ -100,8 +101,8 @@ def _listed_prompts(prompts: Any) -> tuple[list[Any], str]:
         raise TypeError(f"prompts is a list, at least one of words, chat messages or ids; this is {prompts!r:.60}.")
     return found, f"{len(found)} prompt{'' if len(found) == 1 else 's'} of the user"
 
-# %% ../../nbs/reference/train/damage.ipynb #fa6f7ee4
-def _drawn(model: Any, tokenizer: "PreTrainedTokenizerBase", ids: Tensor, length: int) -> list[list[int]]:
+# %% ../../nbs/reference/train/damage.ipynb #1dcb4275
+def _drawn_answers(model: Any, tokenizer: "PreTrainedTokenizerBase", ids: Tensor, length: int) -> list[list[int]]:
     "Answers drawn to prompts of equal length, each up to its end."
     config = model.generation_config
     ends = None if config is None else config.eos_token_id
@@ -114,7 +115,7 @@ def _drawn(model: Any, tokenizer: "PreTrainedTokenizerBase", ids: Tensor, length
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
-# %% ../../nbs/reference/train/damage.ipynb #ecc3c538
+# %% ../../nbs/reference/train/damage.ipynb #28cfab9d
 def own_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -136,7 +137,7 @@ def own_answers(
     with _measuring(model, start):
         for numbers in by_length.values():
             ids = torch.tensor([rows[n] for n in numbers], device=model.device)
-            said |= dict(zip(numbers, _drawn(model, tokenizer, ids, as_count(length, "length")), strict=True))
+            said |= dict(zip(numbers, _drawn_answers(model, tokenizer, ids, as_count(length, "length")), strict=True))
     return OwnAnswers(tuple((row, said[n]) for n, row in enumerate(rows)), what, start)
 
 # %% ../../nbs/reference/train/damage.ipynb #036931e7
@@ -148,7 +149,7 @@ def kl_per_token(
     p = own.exp()
     return torch.where(p > 0, p * (own - logits.float().log_softmax(-1)), 0.0).sum(-1)
 
-# %% ../../nbs/reference/train/damage.ipynb #9b4c59f0
+# %% ../../nbs/reference/train/damage.ipynb #1907594f
 class DamageScorer:
     "The damage of one steering after another, on answers that the model gave by itself."
 
@@ -168,7 +169,8 @@ class DamageScorer:
     ) -> list[Tensor]:  # for each answer, (c,) nats per token
         "The damage at each token of each answer."
         if multiplier == 0:
-            return [torch.zeros(len(answer), device=self.scorer.model.device) for _, answer in self.answers.pairs]
+            home = input_device(self.scorer.model)
+            return [torch.zeros(len(answer), device=home) for _, answer in self.answers.pairs]
         if not self._own:
             with torch.no_grad():
                 for now, logits in self.scorer.logits(steerings, 0.0):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..model.layers import _spans
 from .files import VectorFile
 from .provenance import Provenance
+from .strengths import rescaled_story, uncalibrated
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #8926dc4e
 def added(a: VectorFile, b: VectorFile, sign: int) -> VectorFile:
@@ -52,7 +53,7 @@ def common_provenance(a: Provenance, b: Provenance) -> Provenance:
     same = {k: x for k, x in vars(a).items() if x == getattr(b, k) and k not in ("suggested_multiplier", "later")}
     if a.model_id == b.model_id and (a.activation_norms or b.activation_norms):
         same["activation_norms"] = {**(b.activation_norms or {}), **(a.activation_norms or {})}
-    return Provenance(**same | {"origin": "sum of vectors"})
+    return uncalibrated(Provenance(**same | {"origin": "sum of vectors"}))
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #e66a683a
 def _is_number(x: object) -> bool:
@@ -73,6 +74,7 @@ def scaled_by(vector: VectorFile, number: float, divide: bool = False) -> Vector
     hint, story = vector.provenance.suggested_multiplier, replace(vector.provenance, later={})
     if hint is not None:
         story = replace(story, suggested_multiplier=hint * x if divide else hint / x if x else None)
+    story = rescaled_story(story, 1 / x if divide else x)
     return vector._replace(layer_activations=scaled, provenance=story)
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #207d9f2d
@@ -99,5 +101,5 @@ def normalized(vector: VectorFile) -> VectorFile:
     if zero := [n for n, v in vector.layer_activations.items() if not v.any()]:
         raise ValueError(f"The direction of layer {zero[0]} is zero: it has no length to bring to 1.")
     units = {n: _unit(v).to(v.dtype) for n, v in vector.layer_activations.items()}
-    story = replace(vector.provenance, suggested_multiplier=None, later={})
+    story = replace(uncalibrated(vector.provenance), suggested_multiplier=None, later={})
     return vector._replace(layer_activations=units, provenance=story)

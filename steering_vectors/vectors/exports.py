@@ -46,6 +46,7 @@ from .files import VectorFile, write_atomically
 from .headers import check_layer_numbers, check_tensors, checksum, read_header, write_header
 from .kinds import WORDS, kind_of
 from .provenance import Provenance
+from .strengths import rescaled_story
 
 # %% ../../nbs/reference/vectors/exports.ipynb #2e6f64ba
 def one_multiplier(
@@ -115,6 +116,7 @@ def write_gguf(
     m, hinted = one_multiplier(how, "llama.cpp"), provenance.suggested_multiplier
     vs = scaled(how.layer_activations, m)
     story = replace(provenance, suggested_multiplier=hinted / m if hinted is not None and m else None)
+    story = rescaled_story(story, m)
     header = write_header(how.layer_type, story)
     texts = {
         "controlvector.model_hint": model_hint or provenance.model_type or "unknown",

@@ -41,6 +41,7 @@ from .foreign import read_vector_file
 from .hints import Convention
 from .hub import VectorFolder
 from .provenance import Provenance
+from .strengths import uncalibrated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,14 +110,16 @@ class SteeringVector:
     # --- choose layers -----------------------------------------------------------------------------------------------
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
         "The vector for some of its layers: `v[18]`, `v[10:20]`, `v[[1, 5]]`."
-        return replace(self, layer_activations={n: self.layer_activations[n] for n in _layers_named(self, layers)})
+        chosen = {n: self.layer_activations[n] for n in _layers_named(self, layers)}
+        story = self.provenance if len(chosen) == len(self) else uncalibrated(self.provenance)
+        return replace(self, layer_activations=chosen, provenance=story)
 
     def at(
         self,
         layers: int | Iterable[int],  # where to put the one direction that this vector holds
     ) -> "SteeringVector":
         "One direction at many layers: `v[18].at(range(30))`."
-        direction, story = _only(self), replace(self.provenance, later={})
+        direction, story = _only(self), replace(uncalibrated(self.provenance), later={})
         return replace(self, layer_activations=dict.fromkeys(_index_numbers(layers), direction), provenance=story)
 
     def __contains__(self, layer: object) -> bool:
