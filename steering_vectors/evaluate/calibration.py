@@ -224,7 +224,7 @@ def _check_whose(model: "PreTrainedModel", story: Provenance) -> None:
 # %% ../../nbs/reference/evaluate/calibration.ipynb #084dbc4c
 Calibratable = TypeVar("Calibratable", SteeringVector, Steering)
 
-# %% ../../nbs/reference/evaluate/calibration.ipynb #fe8b7c17
+# %% ../../nbs/reference/evaluate/calibration.ipynb #0aba3141
 def calibrate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -254,7 +254,8 @@ def calibrate(
     down, also = _Search(lambda m: damage(-sign * m), budget, most).run(up)
     facts = {
         "kl": budget, "multiplier": 1.0, "negative": -down / up, "prompts": answers.what, "model": _name_of(model),
-        "measurements": len(seen), "negative_measurements": len(also), "scaled_by": sign * up, "seed": answers.seed,
+        "measurements": len(seen), "negative_measurements": len(also), "scaled_by": sign * up, "reached": seen[-1][1],
+        "seed": answers.seed,
     }  # fmt: skip
     return _calibrated(steering, sign * up, facts | _beside(how))
 
