@@ -23,11 +23,11 @@ import torch
 
 from steering_vectors import SteeringVector, calibrate, divergence, own_answers, train_steering_vector
 from steering_vectors.demo import load_demo_model
+from steering_vectors.train import scores as scores_room
 from steering_vectors.train.continuations import plain_passes
 from steering_vectors.train.damage import DamageScorer
 from steering_vectors.train.prompts import continuation_ids
 from steering_vectors.train.scores import ScoringWay, TextScorer
-from steering_vectors.train import scores as scores_room
 
 SETS = ("agreeableness", "interest-in-science", "politically-liberal", "openness", "interest-in-art")
 LAYERS = (9, 12, 15, 18, 21, 24)

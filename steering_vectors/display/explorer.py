@@ -21,6 +21,7 @@ from .controls import Control, _offer
 from .sliders import Range, Setting, _key
 from ..evaluate.arguments import Layer, Steerable, Subject, as_layer, as_layers, check_ids, front
 from ..evaluate.arguments import in_model
+from ..evaluate.calibration import calibrated_marks
 from ..evaluate.effects import TokenShift, next_token_shift
 from ..evaluate.geometry import multiplier_limit
 from ..evaluate.results import TokenValues
@@ -230,7 +231,8 @@ def explore(
     first = {"layer": shown[len(shown) // 2], **(start or {})}
     first["layer"] = front(as_layer(first["layer"]), total)
     limit = multiplier_limit(subject.at(first["layer"]).steerings, fraction=0.65)
-    marks = _round_steps(limit) if multipliers is None else as_multipliers(multipliers)
+    usual = calibrated_marks(subject.at(first["layer"])) or _round_steps(limit)
+    marks = usual if multipliers is None else as_multipliers(multipliers)
     named, chosen = _operators(subject, operators), _token_choices(subject)
     how: dict[str, Any] = {"chat": chat, "add_generation_prompt": add_generation_prompt, "template": template}
     length = as_count(max_new_tokens, "max_new_tokens")

@@ -128,7 +128,7 @@ def _length(model: "PreTrainedModel", subject: Subject, answers: OwnAnswers) -> 
     lengths = {n: float(a.detach().double().norm()) for n, a in vector.layer_activations.items()}
     return sum(x / norms[n] for n, x in lengths.items() if norms[n])
 
-# %% ../../nbs/reference/evaluate/calibration.ipynb #aa350ca1
+# %% ../../nbs/reference/evaluate/calibration.ipynb #cf579c9c
 @dataclass
 class _Search:
     "Looks for the multiplier at which a damage meets a budget."
@@ -154,15 +154,19 @@ class _Search:
         raise ValueError(self._unmet(seen))
 
     def _next(self, seen: list[tuple[float, float]]) -> float:
-        "The next multiplier to try."
-        (m, kl), low, high = seen[-1], 0.0, self.most
-        for x, y in seen:
-            low, high = (max(low, x), high) if y < self.budget else (low, min(high, x))
-        if not 0 < kl < math.inf:
-            return min(4 * m, self.most) if kl <= 0 else (low + high) / 2
-        there = m * (self.budget / kl) ** (1 / _slope(seen))
-        inside = low < there < high or (there >= high == self.most)
-        return min(there, self.most) if inside else (low + high) / 2
+        "The next multiplier to try: on the line between the two sides of the budget, or on from the last."
+        below = max((pair for pair in seen if pair[1] < self.budget), default=None)
+        above = min((pair for pair in seen if pair[1] >= self.budget), default=None)
+        m, kl = seen[-1]
+        if below and above and below[0] < above[0]:
+            (m, kl), line = below, [below, above]
+        else:
+            line = seen[-2:]
+        if kl == math.inf or (above is not None and above[1] == math.inf):
+            return ((below[0] if below else 0.0) + (above[0] if above else m)) / 2
+        if kl <= 0:
+            return min(4 * m, self.most)
+        return min(m * (self.budget / kl) ** (1 / _slope(line)), self.most)
 
     def _unmet(self, seen: list[tuple[float, float]]) -> str:
         "What to say where no multiplier was found."
@@ -177,12 +181,12 @@ class _Search:
             f"{self.budget:g}: it does not grow steadily with the multiplier. Look at it with `divergence`, or ask for another kl."
         )
 
-# %% ../../nbs/reference/evaluate/calibration.ipynb #2d832310
-def _slope(seen: list[tuple[float, float]]) -> float:
-    "The slope of log damage on log multiplier between the last two measurements, where there are two; else 2."
-    if len(seen) < 2:
+# %% ../../nbs/reference/evaluate/calibration.ipynb #2193b660
+def _slope(line: list[tuple[float, float]]) -> float:
+    "The slope of log damage on log multiplier between two measurements; 2 where there is only one."
+    if len(line) < 2:
         return 2.0
-    (a, x), (b, y) = seen[-2:]
+    (a, x), (b, y) = line
     if not (0 < x < math.inf and 0 < y < math.inf) or a == b:
         return 2.0
     return min(max(math.log(y / x) / math.log(b / a), 0.5), 4.0)
