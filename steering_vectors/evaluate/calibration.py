@@ -128,7 +128,7 @@ def _length(model: "PreTrainedModel", subject: Subject, answers: OwnAnswers) -> 
     lengths = {n: float(a.detach().double().norm()) for n, a in vector.layer_activations.items()}
     return sum(x / norms[n] for n, x in lengths.items() if norms[n])
 
-# %% ../../nbs/reference/evaluate/calibration.ipynb #cf579c9c
+# %% ../../nbs/reference/evaluate/calibration.ipynb #fe8bec32
 @dataclass
 class _Search:
     "Looks for the multiplier at which a damage meets a budget."
@@ -166,7 +166,7 @@ class _Search:
             return ((below[0] if below else 0.0) + (above[0] if above else m)) / 2
         if kl <= 0:
             return min(4 * m, self.most)
-        return min(m * (self.budget / kl) ** (1 / _slope(line)), self.most)
+        return min(m * math.pow(self.budget / kl, 1 / _slope(line)), self.most)
 
     def _unmet(self, seen: list[tuple[float, float]]) -> str:
         "What to say where no multiplier was found."
