@@ -4,12 +4,14 @@
     python benchmarks/quality.py divergence --data DIR   # damage is 0 at 0 and goes with the square of the multiplier
     python benchmarks/quality.py calibrate --data DIR    # 5 sets x 6 layers: measurements needed, and other requests
     python benchmarks/quality.py speed --data DIR        # one layer and multiplier of 36 pairs, new way against plain batches
+    python benchmarks/quality.py divergence calibrate --data DIR   # several in one run train their vectors once
 
 DIR holds files NAME.jsonl with one statement per line, as {"statement", "answer_matching_behavior"}. A set is split by its
 seed: 80 pairs train, 36 others test. Each command prints a table and, at its end, one line per mark with what was reached.
 """
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 
-from steering_vectors import SteeringVector, calibrate, divergence, own_answers, train_steering_vector
+from steering_vectors import SteeringVector, Tokens, calibrate, divergence, own_answers, train_steering_vector
 from steering_vectors.demo import load_demo_model
 from steering_vectors.train import scores as scores_room
 from steering_vectors.train.continuations import plain_passes
@@ -64,15 +66,22 @@ def pairs_of(folder: Path, name: str, seed: int = 0) -> tuple[list[tuple[str, st
     return pairs[:80], pairs[80:116]
 
 
-def vector_of(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> SteeringVector:
+@functools.cache
+def vector_of(model: Any, tokenizer: Any, folder: Path, name: str) -> SteeringVector:
     "The mean difference over the statements' own tokens."
-    from steering_vectors import Tokens
+    pairs, _ = pairs_of(folder, name)
 
     def chat(text: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": TRAINING_QUESTION}, {"role": "assistant", "content": text}]
 
     samples = [(chat(good), chat(bad)) for good, bad in pairs]
     return train_steering_vector(model, tokenizer, samples, layers=LAYERS, read=Tokens.generated)
+
+
+@functools.cache
+def everyday(model: Any, tokenizer: Any) -> DamageScorer:
+    "The model's own answers to everyday requests, drawn once."
+    return DamageScorer(model, own_answers(model, tokenizer))
 
 
 def marks(*lines: tuple[str, bool]) -> int:
@@ -87,10 +96,10 @@ def marks(*lines: tuple[str, bool]) -> int:
 
 def run_divergence(model: Any, tokenizer: Any, folder: Path) -> int:
     "Damage at 0, and its slope between half and twice the multiplier."
-    answers, slopes, at_zero = own_answers(model, tokenizer), [], []
-    print(f"{answers}\n{'set':22}" + "".join(f"{'L' + str(n):>16}" for n in LAYERS) + "   damage at 1 (slope)")
+    answers, slopes, at_zero = everyday(model, tokenizer), [], []
+    print(f"{answers.answers}\n{'set':22}" + "".join(f"{'L' + str(n):>16}" for n in LAYERS) + "   damage at 1 (slope)")
     for name in SETS:
-        vector, cells = vector_of(model, tokenizer, pairs_of(folder, name)[0]), []
+        vector, cells = vector_of(model, tokenizer, folder, name), []
         for layer in LAYERS:
             d = divergence(model, tokenizer, vector[layer], answers, multipliers=[0, 0.5, 1, 2])
             slope = math.log(d[2] / d[0.5]) / math.log(4)
@@ -109,11 +118,11 @@ def run_divergence(model: Any, tokenizer: Any, folder: Path) -> int:
 
 def run_calibrate(model: Any, tokenizer: Any, folder: Path, kl: float = 0.1) -> int:
     "The budget met, in how many measurements, and on requests that were not used."
-    answers, others = own_answers(model, tokenizer), own_answers(model, tokenizer, UNSEEN)
+    answers, others = everyday(model, tokenizer), own_answers(model, tokenizer, UNSEEN)
     unseen, asked, counts, apart, pushes = DamageScorer(model, others), [], [], [], []
-    print(f"{answers}; checked on {others}\nset, layer: measurements, damage asked and on other requests, push")
+    print(f"{answers.answers}; checked on {others}\nset, layer: measurements, damage asked and on other requests, push")
     for name in SETS:
-        vector = vector_of(model, tokenizer, pairs_of(folder, name)[0])
+        vector = vector_of(model, tokenizer, folder, name)
         for layer in LAYERS:
             v = calibrate(model, tokenizer, vector[layer], kl, answers)
             facts = v.provenance.extra["calibration"]
@@ -204,15 +213,17 @@ COMMANDS = {"divergence": run_divergence, "calibrate": run_calibrate, "speed": r
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("commands", choices=COMMANDS, nargs="+")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the sets")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     start = time.time()
     model, tokenizer = load_demo_model()
-    failed = COMMANDS[asked.command](model, tokenizer, asked.data)
-    print(f"{time.time() - start:.0f} s")
+    failed = 0
+    for command in asked.commands:
+        failed |= COMMANDS[command](model, tokenizer, asked.data)
+        print(f"{time.time() - start:.0f} s; {time.process_time():.0f} s of the processor", flush=True)
     return failed
 
 

@@ -20,6 +20,7 @@ from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.evaluate.arguments import in_model
 from steering_vectors.evaluate.calibration import _Search, calibrated_marks
 from steering_vectors.steer.steering import Steering
+from steering_vectors.train.damage import DamageScorer
 from steering_vectors.vectors.strengths import calibration_of
 
 KL = 0.002  # a tiny model with random weights has little to lose
@@ -88,6 +89,18 @@ def test_a_vector_stays_a_vector_and_a_steering_a_steering(tiny: Any) -> None:
     assert calibration_of(found.vector.provenance)["tokens"] == "Tokens.generated"
     bare = calibrate(model, tokenizer, Steering({1: v.layer_activations[1]}), KL, answers)
     assert isinstance(bare, Steering) and calibration_of(bare.vector.provenance)
+
+
+def test_one_scorer_serves_many_calls(tiny: Any) -> None:
+    model, tokenizer, v, answers = tiny
+    scorer = DamageScorer(model, answers)
+    for layer in (0, 1, 2):
+        vector = SteeringVector({layer: v.layer_activations[1]})
+        found = calibrate(model, tokenizer, vector, KL / 10, scorer)
+        assert found == calibrate(model, tokenizer, vector, KL / 10, answers)
+        assert divergence(model, tokenizer, found, scorer, [1])[1] == pytest.approx(KL / 10, rel=0.1)
+    with pytest.raises(ValueError, match="another model"):
+        divergence(tiny_model(), tokenizer, v, scorer)
 
 
 def test_several_layers_and_parts(tiny: Any) -> None:

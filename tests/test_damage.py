@@ -93,6 +93,11 @@ def test_what_is_no_list_of_prompts_is_refused(wrong: Any) -> None:
         own_answers(tiny_model(), tiny_tokenizer(), wrong)
 
 
+def test_ids_of_another_model_are_refused() -> None:
+    with pytest.raises(ValueError, match="500 is no token of this model"):
+        own_answers(tiny_model(), tiny_tokenizer(), [[5, 500]])
+
+
 def test_an_answer_ends_with_the_token_that_ends_it() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     model.generation_config.eos_token_id = list(range(3, 40))

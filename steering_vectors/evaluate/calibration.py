@@ -74,24 +74,31 @@ class Damage(Effect):
     def _repr_html_(self) -> str:
         return html_table(["multiplier", f"{self.what} ({self.unit})", "95 % of tokens below"], self._three)
 
-# %% ../../nbs/reference/evaluate/calibration.ipynb #a7a6ff60
-def _answers_of(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Any, seed: int, chat: bool | None,
-    template: Template | None,
-) -> OwnAnswers:  # fmt: skip
-    "The unsteered answers that damage is measured on, checked."
+# %% ../../nbs/reference/evaluate/calibration.ipynb #c9513eac
+def _scorer_of(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Any, seed: int, batch_size: int | None,
+    chat: bool | None, template: Template | None,
+) -> DamageScorer:  # fmt: skip
+    "What measures damage, on answers that are checked."
+    if isinstance(prompts, DamageScorer):
+        if prompts.scorer.model is not model:
+            raise ValueError(
+                "This DamageScorer was made with another model. Make one with this model, or pass its answers."
+            )
+        return prompts
     answers = own_answers(model, tokenizer, prompts, seed=seed, chat=chat, template=template)
     check_ids(model, (ids for pair in answers.pairs for ids in pair))
-    return answers
+    return DamageScorer(model, answers, batch_size)
 
-# %% ../../nbs/reference/evaluate/calibration.ipynb #a3cc7760
+# %% ../../nbs/reference/evaluate/calibration.ipynb #4c211b45
 def divergence(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     steering: Steerable,  # a vector, a `Steering`, or several that act together
     prompts: Sequence[Prompt]
     | OwnAnswers
-    | None = None,  # what is asked; None: 24 everyday requests; or answers to them
+    | DamageScorer
+    | None = None,  # what is asked; None: 24 everyday requests; or answers to them; or a scorer of another call
     multipliers: float | Sequence[float] | Tensor = (-2, -1, 0, 1, 2),
     seed: int = 0,  # of the unsteered answers
     batch_size: int | None = None,  # most answers in one pass; None lets the token budget decide
@@ -100,7 +107,7 @@ def divergence(
 ) -> Damage:  # nats per token, by prompt and multiplier
     "How far steering moves the model away from what it says by itself."
     numbers, here = as_multipliers(multipliers), in_model(model, steering)
-    scorer = DamageScorer(model, _answers_of(model, tokenizer, prompts, seed, chat, template), batch_size)
+    scorer = _scorer_of(model, tokenizer, prompts, seed, batch_size, chat, template)
     with _measuring(model):
         columns = [[part.cpu() for part in scorer.by_token(here.steerings, m)] for m in numbers]
     values = torch.stack([torch.stack([part.mean() for part in parts]) for parts in columns], 1)
@@ -228,7 +235,7 @@ def _check_whose(model: "PreTrainedModel", story: Provenance) -> None:
 # %% ../../nbs/reference/evaluate/calibration.ipynb #084dbc4c
 Calibratable = TypeVar("Calibratable", SteeringVector, Steering)
 
-# %% ../../nbs/reference/evaluate/calibration.ipynb #0aba3141
+# %% ../../nbs/reference/evaluate/calibration.ipynb #95b12b18
 def calibrate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -236,7 +243,8 @@ def calibrate(
     kl: float = 0.1,  # nats per token: gentle 0.03, normal 0.1, strong 0.3
     prompts: Sequence[Prompt]
     | OwnAnswers
-    | None = None,  # what is asked; None: 24 everyday requests; or answers to them
+    | DamageScorer
+    | None = None,  # what is asked; None: 24 everyday requests; or answers to them; or a scorer of another call
     seed: int = 0,  # of the unsteered answers
     batch_size: int | None = None,  # most answers in one pass; None lets the token budget decide
     chat: bool | None = None,  # put words into the chat template; None: where there is one
@@ -244,8 +252,9 @@ def calibrate(
 ) -> Calibratable:  # of the same type, scaled so that multiplier 1 costs `kl`
     "Give a vector's multiplier a unit: 1 costs `kl` nats per token."
     budget, subject = _as_budget(kl), _one_subject(model, steering)
-    answers = _answers_of(model, tokenizer, prompts, seed, chat, template)
-    scorer, most = DamageScorer(model, answers, batch_size), 3 / _length(model, subject, answers)
+    scorer = _scorer_of(model, tokenizer, prompts, seed, batch_size, chat, template)
+    answers = scorer.answers
+    most = 3 / _length(model, subject, answers)
     ((how, vector),) = subject.parts
     unit = [replace(how, vector=vector, multiplier=1.0)]
 

@@ -115,7 +115,15 @@ def _drawn_answers(model: Any, tokenizer: "PreTrainedTokenizerBase", ids: Tensor
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
-# %% ../../nbs/reference/train/damage.ipynb #28cfab9d
+# %% ../../nbs/reference/train/damage.ipynb #728ed6c6
+def _check_known(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    "Refuse ids that the model has no embedding for."
+    known: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    most = max(i for row in rows for i in row)
+    if known is not None and most >= known:
+        raise ValueError(f"{most} is no token of this model, which has 0 to {known - 1}. Is this its tokenizer?")
+
+# %% ../../nbs/reference/train/damage.ipynb #4d38383f
 def own_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -130,6 +138,7 @@ def own_answers(
         return prompts
     (asked, what), start = _listed_prompts(prompts), as_count(seed, "seed", 0)
     rows = [prompt_ids(tokenizer, prompt, chat, None, template)[0].tolist() for prompt in asked]
+    _check_known(model, rows)
     by_length: dict[int, list[int]] = {}
     for n, row in enumerate(rows):
         by_length.setdefault(len(row), []).append(n)
