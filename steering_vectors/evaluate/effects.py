@@ -218,7 +218,6 @@ def answer_gap(
     scores = _scores_by_multiplier(model, steering, numbers, pairs)
     return Effect("logit gap", "logits", numbers, scores[0::2] - scores[1::2])
 
-
 # %% ../../nbs/reference/evaluate/effects.ipynb #80239553
 def _one_token(prompt: list[int], written: list[int], answer: str) -> tuple[list[int], int]:
     "The ids of a prompt and the one of its answer, which must be a single token."

@@ -1,14 +1,15 @@
-"""How probable does a model find a continuation, and how is that asked in batches?
+"""How probable are given continuations under one steering after another?
 
-A completion is scored by the mean log-probability of its tokens, given the prompt, so that long and
-short ones can be compared. effects takes the gap between a completion that matches and one that
-does not, in nats per token.
+All measures of steering ask the same thing many times: how probable are these continuations at this
+layer, with this multiplier, by that method? A `TextScorer` has the continuations and answers, and
+it does not compute anything twice. Beginnings that texts share stand once in a packed row, and the
+blocks below the lowest steered layer run once for all multipliers and all methods.
 
-The completions of one batch are padded on the right, where no token can see the padding. Which
-tokens are steered is found for each completion by itself, in its own numbering, and given to the
-batch as a mask: the result is the same whatever the size of a batch. Logits are computed from the
-last token of the prompt on, where the model's `forward` can be asked for that: over a large
-vocabulary the head costs more than the layers.
+Both savings are checked on the model at hand before they are used: a few of the texts are run the
+plain way, padded and whole, and the saving way, steered in both cases, and their logits are
+compared. Where they differ by more than rounding, or where the saving way does not run at all, the
+texts go the plain way, in batches. An operator of your own goes the plain way, too, because it may
+look at a whole row at once.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/scores.html
 """
@@ -18,70 +19,19 @@ Docs: https://OWNER.github.io/steering-vectors/reference/train/scores.html
 # %% auto #0
 __all__ = ['steered_pass', 'ScoringWay', 'TextScorer']
 
-# %% ../../nbs/reference/train/scores.ipynb #6b272317
-def _masks(tokens: Any, pairs: Sequence[Scored]) -> list[Tensor] | None:  # (s,) each; None: every token
-    "For each example, which of its tokens are steered."
-    if tokens is None:
-        return None
-    masks = [chosen_tokens(tokens, p + c, len(p)) for p, c in pairs]
-    if not any(bool(mask.any()) for mask in masks):
-        which = repr(one_row(tokens))
-        raise ValueError(f"{which} names no token of any of these texts, so nothing would be steered. Choose others.")
-    return masks
-
-# %% ../../nbs/reference/train/scores.ipynb #8de14c78
-def _scores(
-    model: "PreTrainedModel",
-    pairs: Sequence[Scored],
-    batch_size: int,
-    masks: Sequence[Sequence[Tensor] | None],  # for each steering, which tokens of each are steered; None: every token
-    steer: Callable[[Sequence[Tensor | None]], Any],  # masks of a batch, (b, s), one for each steering -> a context
-) -> Tensor:  # (n,) mean log-probability of a completion's tokens
-    "Score completions; no gradients, in batches."
-    scores: list[Tensor] = []
-    for i in range(0, len(pairs), batch_size):
-        part: list[Tensor | None] = []
-        for own in masks:
-            part.append(None if own is None else pad_sequence([*own[i : i + batch_size]], batch_first=True))
-        with steer(part):
-            scores.append(_batch_scores(model, pairs[i : i + batch_size]))
-    return torch.cat(scores)
-
-# %% ../../nbs/reference/train/scores.ipynb #7bbc5481
-def _batch_scores(model: "PreTrainedModel", pairs: Sequence[Scored]) -> Tensor:  # (b,)
-    "The scores of one batch."
-    ids = pad_sequence([torch.tensor(p + c, device=CPU) for p, c in pairs], batch_first=True)
-    columns = torch.arange(ids.shape[1], device=CPU)
-    is_token = columns < torch.tensor([[len(p + c)] for p, c in pairs], device=CPU)
-    in_completion = is_token & (columns >= torch.tensor([[len(p)] for p, _ in pairs], device=CPU))
-    first = min(len(p) for p, _ in pairs) - 1  # the column before the earliest completion
-    num_kept = ids.shape[1] - first
-    can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-    keep = {"logits_to_keep": num_kept} if can_keep else {}
-    logits = model(input_ids=ids.to(model.device), attention_mask=is_token.long().to(model.device), **keep).logits
-    logits = logits[:, -num_kept:-1].float()
-    next_ids = ids[:, first + 1 :, None].to(logits.device)
-    log_probabilities = logits.gather(-1, next_ids)[..., 0] - logits.logsumexp(-1)
-    scored = in_completion[:, first + 1 :]
-    return torch.where(scored, log_probabilities.cpu(), 0.0).sum(1) / scored.sum(1)
-
 # %% ../../nbs/reference/train/scores.ipynb #9ff939a3
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..model.blocks import input_device, model_dtype, text_config
 from ..modes import undisturbed
-from ..numbers import CPU
 from ..steer.operators import BUILT_IN
-from ..steer.places import chosen_tokens, one_row
 from ..steer.steering import Steering
 from .continuations import Scored, ScoredPass, log_probabilities, next_logits, packed_passes
 from .continuations import plain_passes, steered_masks
@@ -89,9 +39,6 @@ from .distributed import logger
 from .schedules import rope_regime
 from .strategies import _conditions, candidate_strategies, difference
 from .tails import blocks_below, keeping, passing_over
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # %% ../../nbs/reference/train/scores.ipynb #e9393a37
 @contextmanager

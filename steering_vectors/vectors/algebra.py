@@ -94,7 +94,6 @@ def scaled_by(
     provenance = rescaled_story(provenance, 1 / x if divide else x)
     return vector._replace(layer_activations=scaled, provenance=provenance)
 
-
 # %% ../../nbs/reference/vectors/algebra.ipynb #a434d3a8
 def _unit(v: Tensor) -> Tensor:  # (d,), float64
     "The direction of `v` with length 1; zero where `v` is zero."
@@ -121,4 +120,3 @@ def normalized(vector: VectorData) -> VectorData:  # in the dtypes it had
     units = {n: _unit(v).to(v.dtype) for n, v in vector.layer_activations.items()}
     provenance = replace(uncalibrated(vector.provenance), suggested_multiplier=None, later={})
     return vector._replace(layer_activations=units, provenance=provenance)
-
