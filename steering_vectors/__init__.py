@@ -48,6 +48,8 @@ from .evaluate.shifts import next_token_shift as next_token_shift
 from .evaluate.effects import completion_gap as completion_gap
 from .evaluate.effects import answer_gap as answer_gap
 from .evaluate.effects import text_loss as text_loss
+from .evaluate.calibration import divergence as divergence
+from .evaluate.calibration import calibrate as calibrate
 from .evaluate.geometry import similarity as similarity
 from .evaluate.projections import projections as projections
 from .evaluate.marks import steered_tokens as steered_tokens
@@ -55,6 +57,10 @@ from .evaluate.geometry import multiplier_limit as multiplier_limit
 from .evaluate.sweeps import Sweep as Sweep
 from .evaluate.shifts import TokenShift as TokenShift
 from .evaluate.effects import Effect as Effect
+from .evaluate.calibration import Damage as Damage
+from .train.damage import EVERYDAY_PROMPTS as EVERYDAY_PROMPTS
+from .train.damage import OwnAnswers as OwnAnswers
+from .train.damage import own_answers as own_answers
 from .evaluate.geometry import Similarity as Similarity
 from .evaluate.projections import Projections as Projections
 from .evaluate.projections import ProjectionSet as ProjectionSet

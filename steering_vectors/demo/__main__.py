@@ -27,6 +27,8 @@ import torch
 
 from .concepts import joy_chats, joy_pairs
 from .model import load_demo_model
+from ..evaluate.arguments import in_model
+from ..evaluate.calibration import calibrate, calibrated_marks
 from ..evaluate.sweeps import sweep
 from ..model.layers import resolve_layer_numbers, resolve_layers
 from ..train.chats import has_template
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", default="Tell me about your day.", help="the question to answer (default: %(default)s)")
     add("--layers", type=int, nargs="+", help="the layers to steer (default: one, three fifths of the way up)")
     add("--multipliers", type=float, nargs="+", default=[-3, -2, -1, 0, 1, 2, 3], help="default: -3 to 3")
+    add("--calibrate", action="store_true", help="measure what the vector costs, and take gentle, normal and strong")
     add("--max-new-tokens", type=int, default=40, help="how long an answer may be (default: %(default)s)")
     add("--seed", type=int, help="draw the answers with this seed (default: always the likeliest token)")
     add("--model", help="a model's name on the Hub, or its folder (default: a small one, fetched the first time)")
@@ -105,6 +108,9 @@ def main(
     trained = train_steering_vector(model, tokenizer, pairs, show_progress=True)
     drawn: dict[str, Any] = {} if asked.seed is None else {"temperature": 1.0, "seed": asked.seed}
     vector = trained[layers]
+    if asked.calibrate:
+        vector = calibrate(model, tokenizer, vector)
+        asked.multipliers = calibrated_marks(in_model(model, vector)) or asked.multipliers
     texts = sweep(model, tokenizer, vector, asked.prompt, asked.multipliers, "all", asked.max_new_tokens, **drawn)
     answers = [text.strip() for text in texts.values()]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)

@@ -31,6 +31,7 @@ from .sliders import Range, Setting, _key, _offer
 from .strips import token_strip
 from ..evaluate.arguments import Layer, Steerable, Subject, as_layer, as_layers, check_ids, front
 from ..evaluate.arguments import in_model
+from ..evaluate.calibration import calibrated_marks
 from ..evaluate.geometry import multiplier_limit
 from ..evaluate.marks import steered_tokens
 from ..evaluate.results import TokenValues
@@ -128,7 +129,8 @@ def _marked_multipliers(subject: Subject, layer: Layer, multipliers: Any) -> tup
     "The multipliers of the page's grid."
     if multipliers is not None:
         return as_multipliers(multipliers)
-    return _round_steps(multiplier_limit(subject.at(layer).steerings, fraction=0.65))
+    here = subject.at(layer)
+    return calibrated_marks(here) or _round_steps(multiplier_limit(here.steerings, fraction=0.65))
 
 # %% ../../nbs/reference/display/explorer.ipynb #023911fa
 _OPERATORS: dict[str, PatchDeltaOperator | None] = {

@@ -25,19 +25,19 @@ __all__ = ['Contrast', 'Effect', 'completion_gap', 'answer_gap', 'text_loss']
 # %% ../../nbs/reference/evaluate/effects.ipynb #fbcc37ec
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .arguments import Steerable, Subject, _listed_texts, check_ids, in_model
+from .arguments import Steerable, _listed_texts, check_ids, in_model
 from .results import NotMeasured, _Keyed, _Tabular, signed
 from ..modes import undisturbed
 from ..numbers import as_count, as_multipliers, near
 from ..train.chats import Template
+from ..train.continuations import Scored
 from ..train.prompts import Prompt, Text, continuation_ids
-from ..train.scores import Scored, _masks, _scores
+from ..train.scores import TextScorer
 from ..train.texts import texts_ids
 
 if TYPE_CHECKING:
@@ -166,21 +166,14 @@ def _scores_by_multiplier(
     steering: Steerable,
     multipliers: Sequence[float],
     pairs: Sequence[Scored],
-    batch_size: int,
+    batch_size: int | None = None,
 ) -> Tensor:  # (n, m)
     "Scores of completions at each multiplier."
     subject = in_model(model, steering)
     check_ids(model, (ids for pair in pairs for ids in pair))
-    masks, columns = [_masks(tokens, pairs) for tokens in subject.selections], []
-    for m in multipliers:
-        with undisturbed(model):
-            columns.append(_scores(model, pairs, batch_size, masks, partial(_steered_at, subject, model, m)))
-    return torch.stack(columns, 1)
-
-# %% ../../nbs/reference/evaluate/effects.ipynb #f566e32a
-def _steered_at(subject: Subject, model: "PreTrainedModel", m: float, masks: Sequence[Tensor | None]) -> Any:
-    "The model steered at `m`, at the tokens of a batch's masks."
-    return subject.apply(model, m, masks=masks)
+    scorer = TextScorer(model, pairs, batch_size)
+    with undisturbed(model):
+        return torch.stack([scorer.scores(subject.steerings, m) for m in multipliers], 1)
 
 # %% ../../nbs/reference/evaluate/effects.ipynb #98b8d0f0
 def completion_gap(
@@ -189,7 +182,7 @@ def completion_gap(
     steering: Steerable,  # a vector, a `Steering`, or several that act together
     contrasts: Sequence[Contrast],  # prompt, completion that matches, completion that does not
     multipliers: float | Sequence[float] | Tensor = (-2, -1, 0, 1, 2),  # on top of each steering's own
-    batch_size: int = 16,  # completions in one pass
+    batch_size: int | None = None,  # most completions in one pass; None lets the token budget decide
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     add_generation_prompt: bool | None = None,  # open an answer; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template
@@ -198,7 +191,8 @@ def completion_gap(
 
     Raises ValueError for what is no list of contrasts, and where a completion merges with its prompt."""
     asked, numbers = _contrasts(contrasts, "contrast"), as_multipliers(multipliers)
-    size, how = as_count(batch_size, "batch_size"), (chat, add_generation_prompt, template)
+    size = None if batch_size is None else as_count(batch_size, "batch_size")
+    how = (chat, add_generation_prompt, template)
     pairs = [continuation_ids(tokenizer, prompt, text, *how) for prompt, *both in asked for text in both]
     scores = _scores_by_multiplier(model, steering, numbers, pairs, size)
     return Effect("log-probability gap", "nats per token", numbers, scores[0::2] - scores[1::2])
@@ -220,23 +214,9 @@ def answer_gap(
     asked, numbers = _contrasts(questions, "question"), as_multipliers(multipliers)
     how = (chat, add_generation_prompt, template)
     scored = [[_one_token(*continuation_ids(tokenizer, p, a, *how), a) for a in both] for p, *both in asked]
-    subject = in_model(model, steering)
-    check_ids(model, (ids for question in scored for ids, _ in question))
-    rows = []
-    for (ids, first), (_, second) in scored:
-        logits = _last_logits(model, subject, numbers, ids)
-        rows.append(logits[:, first] - logits[:, second])
-    return Effect("logit gap", "logits", numbers, torch.stack(rows))
-
-# %% ../../nbs/reference/evaluate/effects.ipynb #eac09ee2
-def _last_logits(
-    model: "PreTrainedModel", subject: Subject, multipliers: Sequence[float], ids: list[int]
-) -> Tensor:  # (m, vocabulary), on the CPU
-    "The logits after one prompt at each multiplier, which are the rows of one batch."
-    batch = torch.tensor([ids], device=model.device).expand(len(multipliers), -1)
-    with subject.apply(model, multipliers, batch), undisturbed(model):
-        logits: Tensor = model(input_ids=batch).logits[:, -1].float().cpu()
-    return logits
+    pairs = [(ids, [answer]) for both in scored for ids, answer in both]
+    scores = _scores_by_multiplier(model, steering, numbers, pairs)
+    return Effect("logit gap", "logits", numbers, scores[0::2] - scores[1::2])
 
 # %% ../../nbs/reference/evaluate/effects.ipynb #80239553
 def _one_token(prompt: list[int], written: list[int], answer: str) -> tuple[list[int], int]:
@@ -272,14 +252,15 @@ def text_loss(
     steering: Steerable,  # a vector, a `Steering`, or several that act together
     texts: Sequence[Text],  # ordinary sentences, of two tokens or more; or conversations, ids
     multipliers: float | Sequence[float] | Tensor = (-2, -1, 0, 1, 2),  # on top of each steering's own
-    batch_size: int = 16,  # texts in one pass
+    batch_size: int | None = None,  # most texts in one pass; None lets the token budget decide
     add_generation_prompt: bool | None = None,  # put an answer's header after a conversation
     template: Template | None = None,  # arguments of the chat template
 ) -> Effect:  # nats per token, by text and multiplier
     """How surprised the steered model is by ordinary text.
 
     Raises TypeError for a text without a list, ValueError for one of less than two tokens."""
-    read, numbers, size = _checked_texts(texts), as_multipliers(multipliers), as_count(batch_size, "batch_size")
+    read, numbers = _checked_texts(texts), as_multipliers(multipliers)
+    size = None if batch_size is None else as_count(batch_size, "batch_size")
     ids = texts_ids(tokenizer, read, add_generation_prompt, template)
     _check_lengths(ids, read)
     pairs = [(row[:1], row[1:]) for row in ids]

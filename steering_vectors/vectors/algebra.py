@@ -27,6 +27,7 @@ from torch import Tensor
 from ..model.layers import _spans
 from .files import VectorData
 from .provenance import Provenance
+from .strengths import rescaled_story, uncalibrated
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #22abf629
 def check_compatible(a: VectorData, b: VectorData) -> None:
@@ -51,7 +52,7 @@ def common_provenance(a: Provenance, b: Provenance) -> Provenance:
     same = {k: x for k, x in vars(a).items() if x == getattr(b, k) and k not in ("suggested_multiplier", "later")}
     if a.model_id == b.model_id and (a.activation_norms or b.activation_norms):
         same["activation_norms"] = {**(b.activation_norms or {}), **(a.activation_norms or {})}
-    return Provenance(**same | {"origin": "sum of vectors"})
+    return uncalibrated(Provenance(**same | {"origin": "sum of vectors"}))
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #8926dc4e
 def added(a: VectorData, b: VectorData, sign: int = 1) -> VectorData:  # sign -1: the difference
@@ -90,6 +91,7 @@ def scaled_by(
         provenance = replace(provenance, suggested_multiplier=suggested * x)
     elif suggested is not None:
         provenance = replace(provenance, suggested_multiplier=suggested / x if x else None)
+    provenance = rescaled_story(provenance, 1 / x if divide else x)
     return vector._replace(layer_activations=scaled, provenance=provenance)
 
 # %% ../../nbs/reference/vectors/algebra.ipynb #a434d3a8
@@ -116,5 +118,5 @@ def normalized(vector: VectorData) -> VectorData:  # in the dtypes it had
     if zero := [n for n, v in vector.layer_activations.items() if not v.any()]:
         raise ValueError(f"The direction of layer {zero[0]} is zero: it has no length to bring to 1.")
     units = {n: _unit(v).to(v.dtype) for n, v in vector.layer_activations.items()}
-    provenance = replace(vector.provenance, suggested_multiplier=None, later={})
+    provenance = replace(uncalibrated(vector.provenance), suggested_multiplier=None, later={})
     return vector._replace(layer_activations=units, provenance=provenance)

@@ -41,6 +41,7 @@ from .files import VectorData, write_atomically
 from .headers import check_layer_numbers, check_tensors, checksum, read_header, write_header
 from .kinds import WORDS, kind_of
 from .provenance import Provenance
+from .strengths import rescaled_story
 
 # %% ../../nbs/reference/vectors/gguf.ipynb #533bf8af
 def import_gguf() -> ModuleType:  # the package `gguf`
@@ -86,7 +87,8 @@ def write_gguf(
     multiplier, suggested = one_multiplier(how, "llama.cpp"), provenance.suggested_multiplier
     vs = scaled(how.layer_activations, multiplier)
     rest = suggested / multiplier if suggested is not None and multiplier else None
-    header = write_header(how.layer_type, replace(provenance, suggested_multiplier=rest))
+    provenance = rescaled_story(replace(provenance, suggested_multiplier=rest), multiplier)
+    header = write_header(how.layer_type, provenance)
     texts = {
         "controlvector.model_hint": model_hint or provenance.model_type or "unknown",
         "steering_vectors.header": header,

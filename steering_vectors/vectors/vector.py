@@ -39,6 +39,7 @@ from .gguf import read_gguf, write_gguf
 from .hints import Convention
 from .hub import VectorFolder
 from .provenance import Provenance
+from .strengths import uncalibrated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,7 +113,9 @@ class SteeringVector:
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
         "The vector for some of its layers: `v[18]`, `v[10:20]`, `v[[1, 5]]`. Raises ValueError where it has none of them."
         named = named_layers(layers, self.layer_activations, self.provenance.num_layers)
-        return replace(self, layer_activations={n: self.layer_activations[n] for n in named})
+        chosen = {n: self.layer_activations[n] for n in named}
+        provenance = self.provenance if len(chosen) == len(self) else uncalibrated(self.provenance)
+        return replace(self, layer_activations=chosen, provenance=provenance)
 
     def at(
         self,
@@ -120,7 +123,8 @@ class SteeringVector:
     ) -> "SteeringVector":
         "One direction at many layers: `v[18].at(range(30))`. Raises ValueError where the vector has several."
         spread = dict.fromkeys(index_numbers(layers), only_direction(self.layer_activations))
-        return replace(self, layer_activations=spread, provenance=replace(self.provenance, later={}))
+        provenance = replace(uncalibrated(self.provenance), later={})
+        return replace(self, layer_activations=spread, provenance=provenance)
 
     def __contains__(self, layer: object) -> bool:
         return has_layer(layer, self.layer_activations, self.provenance.num_layers)
