@@ -3,6 +3,11 @@
 The pieces are there: modules that can be edited, a way to find them, a way to name tokens, and what
 to do to an activation. This page puts them together.
 
+*How to steer* is a value, a `Steering`: a vector, an operator, a multiplier and the tokens,
+everything but the model. Because it is a value it can be kept, compared, printed, sent to a server,
+and handed to whatever measures or draws. Nothing above this page carries these things around one by
+one.
+
 A model comes in only with `apply`. It looks at everything that could be wrong (a layer that does
 not exist, a vector of the wrong width) and returns a handle, which has not touched the model yet.
 Attaching it cannot fail halfway.
@@ -30,6 +35,7 @@ from ..model.families import LayerType, ModelLayerConfig
 from ..model.hooks import HookHandle
 from ..model.layers import _spans, modules_around, resolve_layer_numbers, resolve_layers
 from ..model.runs import RunWatch
+from .additions import only_adds
 from .decorating import F, _decorated
 from .edits import LayerEdit, _stored_numbers, as_multiplier
 from .layouts import Layout, PromptLayout
@@ -110,6 +116,10 @@ class Steering:
     def to_json(self, name: str) -> str:
         "A line of JSON, in which the vector is called `name`."
         return write_record(_record(self, name))
+
+    def to_vllm(self, name: str) -> str:
+        "What a request to vLLM asks for, where the engine calls the vector `name`; see the guide's page on serving."
+        return write_record(only_adds(_record(self, name)))
 
     @classmethod
     def from_json(
