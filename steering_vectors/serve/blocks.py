@@ -38,8 +38,8 @@ def block_key(
 ) -> bytes | None:  # None: nothing is steered here
     "What a block's hash has to include beside its tokens."
     coefficients = request.coefficients(start, stop)
-    used = coefficients.any(axis=0)
-    if not used.any():
+    used = [bool(column.any()) for column in coefficients.T]
+    if not any(used):
         return None
     names = [slot for slot, is_used in zip(request.slots, used, strict=True) if is_used]
     digest = hashlib.sha256(json.dumps(names).encode())

@@ -15,7 +15,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/serve/engines.html
 
 # %% auto #0
 __all__ = ['TESTED', 'SEEN', 'PRIVATE', 'RUNNERS', 'FIT', 'VECTORS', 'missing_name', 'CannotSteer', 'check_version',
-           'check_engine', 'named_vectors', 'described', 'fitted', 'opened']
+           'check_engine', 'named_vectors', 'described', 'fitted', 'opened_vector']
 
 # %% ../../nbs/reference/serve/engines.ipynb #d904bc90
 import hashlib
@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from .splices import PARTS_OF_BLOCKS
-from ..vectors.files import VectorFile, load_file
+from ..steer.steering import Directions
+from ..vectors.files import load_file
 
 # %% ../../nbs/reference/serve/engines.ipynb #cec4cb62
 TESTED = ("0.32.0",)
@@ -159,7 +160,9 @@ def fitted(
         if v["width"] != width:
             raise CannotSteer(f"The vector {name!r} is {v['width']} wide, and the model {width}: another model's?")
         if outside := [n for n in v["layers"] if not 0 <= n < count]:
-            raise CannotSteer(f"The vector {name!r} has layer {outside[0]}, and the model has {count} (0 to {count - 1}).")
+            raise CannotSteer(
+                f"The vector {name!r} has layer {outside[0]}, and the model has {count} (0 to {count - 1})."
+            )
         if v["layer_type"] not in PARTS_OF_BLOCKS or (ranks > 1 and v["layer_type"] != "decoder_block"):
             raise CannotSteer(
                 f"The vector {name!r} belongs to `{v['layer_type']}`. Steered here are {', '.join(PARTS_OF_BLOCKS)}, and on "
@@ -168,9 +171,9 @@ def fitted(
     return found
 
 # %% ../../nbs/reference/serve/engines.ipynb #7e27a8f1
-def opened(
+def opened_vector(
     found: Mapping[str, Any],  # a description
-) -> VectorFile:
+) -> Directions:
     "The vector of a description, if its file is still the same."
     path = Path(found["file"])
     if hashlib.sha256(path.read_bytes()).hexdigest() != found["sha256"]:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from .requests import SteeredRequest
-from ..vectors.files import VectorFile
+from ..steer.steering import Directions
 
 # %% ../../nbs/reference/serve/splices.ipynb #f6baa8e5
 def splice(
@@ -54,7 +54,7 @@ def splice(
         h = h + (coefficients[: h.shape[0]] @ table).to(h.dtype)
         return (h, *out[1:]) if isinstance(out, tuple) else h
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 # %% ../../nbs/reference/serve/splices.ipynb #4aa4af2b
 def blocks_of(
@@ -95,7 +95,7 @@ class SteeredPasses:
     def __init__(
         self,
         blocks: Sequence[nn.Module],  # those of the model; spliced
-        vectors: Mapping[str, VectorFile],  # by name
+        vectors: Mapping[str, Directions],  # by name
         rows: int,  # the most that a pass can have
         device: torch.device,
     ):

@@ -29,7 +29,8 @@ from importlib import import_module
 from typing import Any
 
 from .blocks import block_key
-from .engines import CannotSteer, check_engine, check_version, fitted, named_vectors, opened
+from .engines import CannotSteer, check_engine, check_version, fitted
+from .engines import named_vectors, opened_vector
 from .engines import LOGGER, VECTORS
 from .requests import FIELD, SteeredRequest, admitted
 from .splices import SteeredPasses, blocks_of
@@ -153,7 +154,7 @@ def steer_runner(
     config: Any,  # vLLM's `VllmConfig`
 ) -> SteeredPasses:
     "Splice the engine's vectors into a model, and set the coefficients before each pass."
-    vectors = {name: opened(found) for name, found in named_vectors(config).items()}
+    vectors = {name: opened_vector(found) for name, found in named_vectors(config).items()}
     blocks = blocks_of(runner.get_model(), config.model_config.get_total_num_hidden_layers())
     rows = config.scheduler_config.max_num_batched_tokens + 1024  # and what a recorded pass is padded to
     passes = SteeredPasses(blocks, vectors, rows, runner.device)

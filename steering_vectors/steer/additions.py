@@ -52,7 +52,9 @@ def by_place(
     if wrong := [n for n in re.findall(r"\d+", written) if int(n) > LARGEST]:
         raise ValueError(f"{written:.60} counts to {wrong[0]}; the largest number here is {LARGEST}.")
     if re.search(r"Tokens\.columns\[[^]]*-", written):
-        raise ValueError(f"{written} has columns that count from the prompt's end. Write Tokens.prompt[-4:], for instance.")
+        raise ValueError(
+            f"{written} has columns that count from the prompt's end. Write Tokens.prompt[-4:], for instance."
+        )
 
 # %% ../../nbs/reference/steer/additions.ipynb #9fe900af
 def only_adds(

@@ -29,3 +29,12 @@ if WITH_VLLM:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "Where checkpoints and vectors of the tests are."
     return tmp_path_factory.mktemp("served")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    import engines
+
+    if engines.REPORT:
+        terminalreporter.section("vLLM and transformers")
+        for line in engines.REPORT:
+            terminalreporter.write_line(line)

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 
 from steering_vectors import SteeringVector, Tokens
-from steering_vectors.demo import tiny_model, tiny_tokenizer
+from steering_vectors.demo import tiny_tokenizer
 
 WIDE = 128  # 4 heads of 32: the smallest that vLLM's attention takes on a CPU
 SMALL = {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 320, "max_num_seqs": 16}
 ALWAYS = {"gpu_memory_utilization": 0.2, "enforce_eager": True, "seed": 0, "enable_prefix_caching": True}
 CLOSE = 1e-4  # of log-probabilities
+REPORT: list[str] = []  # numbers worth reading, printed at the end
+
+
+def report(line: str) -> None:
+    REPORT.append(line)
 
 
 def directions(width: int, layers: list[int], size: float, seed: int) -> SteeringVector:
@@ -123,7 +128,7 @@ def expected(model: Any, ids: list[int], new: int, how: list[tuple[str, Any]]) -
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new,
-            min_new_tokens=new,
+            eos_token_id=model.config.vocab_size + 1,  # no answer ends before its time
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,
@@ -140,6 +145,3 @@ def apart(one: tuple[list[int], list[float]], other: tuple[list[int], list[float
 
 def cold(llm: Any) -> None:
     assert llm.reset_prefix_cache()
-
-
-__all__ = ["tiny_model", "tiny_tokenizer"]
