@@ -300,7 +300,7 @@ def test_vectors_of_parts_are_added_there() -> None:
 # --- the plugin, on modules that stand in for vLLM's ------------------------------------------------------------------
 
 
-def fake(**changed: Any) -> dict[str, ModuleType]:
+def fake() -> dict[str, ModuleType]:
     "The modules of vLLM that the plugin touches, with classes that do as little as possible."
 
     class EngineArgs:
@@ -511,3 +511,80 @@ def test_without_the_first_name_the_log_has_a_warning(vllm: Any, caplog: pytest.
     del vllm["vllm.engine.arg_utils"].EngineArgs.create_engine_config
     plugin.register()
     assert "cannot steer this version of vLLM" in caplog.text
+
+
+# --- both model runners, over made-up schedules -----------------------------------------------------------------------
+
+
+def runner_v2() -> Any:
+    model = Model()
+    return SimpleNamespace(
+        get_model=lambda: model,
+        device=torch.device("cpu"),
+        add_requests=lambda output: None,
+        finish_requests=lambda output: None,
+        prepare_inputs=lambda output, batch_state, *more: batch_state,
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_both_runners_set_each_row_whatever_the_schedule(data: st.DataObject) -> None:
+    "Pieces of prefill and single tokens in one pass, requests that come, go, change places and are computed again."
+    vectors = {
+        "joy": SteeringVector({0: torch.ones(3), 1: 2 * torch.ones(3)}),
+        "calm": SteeringVector({1: -torch.ones(3)}),
+    }
+    first, second = runner_v1(), runner_v2()
+    for runner in (first, second):
+        plugin.follow(runner, SteeredPasses(runner.get_model().layers, vectors, 64, torch.device("cpu")))
+    plans = [data.draw(st.none() | PLAN) for _ in range(4)]
+    prompts, done = [data.draw(st.integers(3, 9)) for _ in plans], [0] * len(plans)
+    params = [SimpleNamespace(extra_args=parts and {"steering": admitted(field(*parts), LAYERS, 9)}) for parts in plans]
+    told: set[str] = set()
+    for _ in range(8):
+        batch = data.draw(st.permutations(range(len(plans))))[: data.draw(st.integers(1, len(plans)))]
+        for i in batch:
+            if data.draw(st.integers(0, 5)) == 0:  # has lost its blocks: from the beginning, under the same name
+                done[i] = 0
+                told.discard(f"r{i}")
+        counts = [
+            data.draw(st.integers(1, prompts[i] - done[i]) if done[i] < prompts[i] else st.just(1)) for i in batch
+        ]
+        names, starts = [f"r{i}" for i in batch], [done[i] for i in batch]
+        new = [
+            SimpleNamespace(req_id=f"r{i}", sampling_params=params[i], prompt_len=prompts[i])
+            for i in batch
+            if f"r{i}" not in told
+        ]
+        told |= set(names)
+        gone = data.draw(st.sampled_from([set(), {"r9"}]))
+        output = SimpleNamespace(finished_req_ids=gone, scheduled_new_reqs=new)
+        first.requests |= {
+            f"r{i}": SimpleNamespace(sampling_params=params[i], num_prompt_tokens=prompts[i]) for i in batch
+        }
+        first.input_batch.req_ids = names
+        first.input_batch.num_computed_tokens_cpu[: len(names)] = starts
+        first._prepare_inputs(output, np.array(counts))
+        second.finish_requests(output)
+        second.add_requests(output)
+        pad = [0] * data.draw(st.integers(0, 2))  # the arrays of a recorded pass are longer than the batch
+        second.prepare_inputs(
+            output,
+            SimpleNamespace(
+                req_ids=names,
+                num_scheduled_tokens=np.array(counts + pad),
+                num_computed_tokens_np=np.array(starts + pad),
+            ),
+            None,
+        )
+        want = []
+        for i, count in zip(batch, counts, strict=True):
+            for at in range(done[i], done[i] + count):
+                given = [(v, m) for v, m, t in plans[i] or [] if positions(t, prompts[i], at, at + 1)[0]]
+                joy, calm = (sum(m for v, m in given if v == name) for name in ("joy", "calm"))
+                want.append([joy, 2 * joy - calm])
+            done[i] += count
+        for runner in (first, second):
+            got = [layer(torch.zeros(len(want) + 3, 3))[:, 0].tolist() for layer in runner.get_model().layers]
+            assert [list(pair) for pair in zip(*got, strict=True)] == want + [[0, 0]] * 3

@@ -19,7 +19,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/serve/vllm.html
 
 # %% auto #0
 __all__ = ['MARK', 'Maker', 'WRAPPED', 'OVER_HTTP', 'wrap', 'configuring', 'asked_of', 'refusal', 'admitting', 'without_beams',
-           'keyed', 'loading', 'steer_runner', 'wrap_all', 'register']
+           'keyed', 'loading', 'steer_runner', 'follow', 'wrap_all', 'register']
 
 # %% ../../nbs/reference/serve/vllm.ipynb #2b8d576c
 import sys
@@ -158,7 +158,18 @@ def steer_runner(
     blocks = blocks_of(runner.get_model(), config.model_config.get_total_num_hidden_layers())
     rows = config.scheduler_config.max_num_batched_tokens + 1024  # and what a recorded pass is padded to
     passes = SteeredPasses(blocks, vectors, rows, runner.device)
-    if hasattr(runner, "prepare_inputs") and hasattr(runner, "add_requests"):
+    follow(runner, passes)
+    places = ", ".join(f"{name!r} at {list(v.layer_activations)} ({v.layer_type})" for name, v in vectors.items())
+    LOGGER.info("Requests can be steered with %s", places)
+    return passes
+
+# %% ../../nbs/reference/serve/vllm.ipynb #5e11ab07
+def follow(
+    runner: Any,  # a model runner of either kind
+    passes: SteeredPasses,
+) -> None:
+    "Have the coefficients set before each pass of a runner."
+    if all(hasattr(runner, name) for name in ("add_requests", "finish_requests", "prepare_inputs")):
         wrap(runner, "add_requests", lambda inner: _admitting_v2(inner, passes))
         wrap(runner, "finish_requests", lambda inner: _forgetting_v2(inner, passes))
         wrap(runner, "prepare_inputs", lambda inner: _filling_v2(inner, passes))
@@ -166,9 +177,6 @@ def steer_runner(
         wrap(runner, "_prepare_inputs", lambda inner: _filling_v1(inner, runner, passes))
     else:
         raise CannotSteer(f"steering_vectors cannot steer the model runner {type(runner).__name__}.")
-    places = ", ".join(f"{name!r} at {list(v.layer_activations)} ({v.layer_type})" for name, v in vectors.items())
-    LOGGER.info("Requests can be steered with %s", places)
-    return passes
 
 # %% ../../nbs/reference/serve/vllm.ipynb #4a8dec61
 def _filling_v1(inner: Callable[..., Any], runner: Any, passes: SteeredPasses) -> Callable[..., Any]:
