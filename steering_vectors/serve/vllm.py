@@ -31,7 +31,7 @@ from typing import Any
 from .blocks import block_key
 from .engines import CannotSteer, check_engine, check_version, fitted
 from .engines import named_vectors, opened_vector
-from .engines import LOGGER, VECTORS
+from .engines import HTTP, LOGGER, VECTORS
 from .requests import FIELD, SteeredRequest, admitted
 from .splices import SteeredPasses, blocks_of
 
@@ -239,10 +239,7 @@ WRAPPED: dict[str, Maker] = {
     "vllm.v1.core.kv_cache_utils:_gen_prompt_embeds_extra_hash_keys": keyed,
     "vllm.v1.worker.worker_base:WorkerBase.__init__": loading,
 }
-OVER_HTTP: dict[str, Maker] = {
-    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params": without_beams,
-    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params": without_beams,
-}
+OVER_HTTP: dict[str, Maker] = dict.fromkeys(HTTP, without_beams)
 
 # %% ../../nbs/reference/serve/vllm.ipynb #54c0c4cc
 def wrap_all(

@@ -4,9 +4,9 @@ import pytest
 import vllm
 
 from steering_vectors.serve import engines as known
-from steering_vectors.serve.vllm import OVER_HTTP, WRAPPED
+from steering_vectors.serve.vllm import WRAPPED
 
-NAMES = known.PRIVATE | known.RUNNERS | {name: ("self", "max_tokens") for name in OVER_HTTP}
+NAMES = known.PRIVATE | known.HTTP | known.RUNNERS
 
 
 def test_this_version_is_a_tested_one() -> None:
