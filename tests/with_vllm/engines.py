@@ -86,10 +86,14 @@ def engine(model: str, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(model, **SMALL | ALWAYS | options)
+    chosen = SMALL | ALWAYS | options
+    before = torch._dynamo.config.disable
+    torch._dynamo.config.disable = bool(chosen["enforce_eager"])  # vLLM compiles its helpers even then
+    llm = LLM(model, **chosen)
     try:
         yield llm
     finally:
+        torch._dynamo.config.disable = before
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()

@@ -48,7 +48,11 @@ def server(path: str, files: dict[str, str], log: Any, *more: str, threads: str 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--port", str(port), *flags]
     command += ["--host", "127.0.0.1", "--served-model-name", "tiny", "--gpu-memory-utilization", "0.2", *more]
     command += ["--additional-config", json.dumps({"steering_vectors": files})]
-    env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": threads, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env = os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": threads,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     with open(log, "w") as out:
         running = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
         try:
