@@ -30,7 +30,7 @@ from typing import Any
 
 from .blocks import block_key
 from .engines import CannotSteer, check_engine, check_version, fitted
-from .engines import named_vectors, opened_vector
+from .engines import described, named_vectors, opened_vector
 from .engines import HTTP, LOGGER, VECTORS
 from .requests import FIELD, SteeredRequest, admitted
 from .splices import SteeredPasses, blocks_of
@@ -91,10 +91,11 @@ def admitting(inner: Callable[..., Any]) -> Callable[..., Any]:
         params = request.sampling_params
         if (asked := asked_of(params)) is None:
             return request
-        ids, layers = request.prompt_token_ids, {n: v["layers"] for n, v in named_vectors(self.vllm_config).items()}
+        ids, named = request.prompt_token_ids, named_vectors(self.vllm_config)
         try:
             if getattr(request, "resumable", False):
                 raise ValueError(f"{FIELD}: a prompt that grows while it is answered cannot be steered.")
+            layers = {name: described(file)["layers"] for name, file in named.items()}
             full = admitted(asked, layers, len(request.prompt_embeds if ids is None else ids))
         except ValueError as e:
             raise refusal(str(e)) from e
@@ -154,7 +155,7 @@ def steer_runner(
     config: Any,  # vLLM's `VllmConfig`
 ) -> SteeredPasses:
     "Splice the engine's vectors into a model, and set the coefficients before each pass."
-    vectors = {name: opened_vector(found) for name, found in named_vectors(config).items()}
+    vectors = {name: opened_vector(described(file)) for name, file in named_vectors(config).items()}
     blocks = blocks_of(runner.get_model(), config.model_config.get_total_num_hidden_layers())
     rows = config.scheduler_config.max_num_batched_tokens + 1024  # and what a recorded pass is padded to
     passes = SteeredPasses(blocks, vectors, rows, runner.device)
