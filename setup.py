@@ -50,6 +50,7 @@ setuptools.setup(
     },
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),
+        "vllm.general_plugins": shlex.split(cfg["vllm_plugins"]),
         "nbdev": [f"{pkg}={INDEX}:d"] if editable else [],
     },
     cmdclass={"build_py": Library},

@@ -12,7 +12,7 @@ import pytest
 import steering_vectors
 
 HOUSE = Path(steering_vectors.__file__).parent
-FOLDERS = ["model", "steer", "vectors", "train", "evaluate", "display", "demo"]
+FOLDERS = ["model", "steer", "vectors", "train", "evaluate", "display", "serve", "demo"]
 ROOMS = {p.relative_to(HOUSE).with_suffix("").as_posix(): p for p in sorted(HOUSE.rglob("*.py"))}
 ROOMS = {room: path for room, path in ROOMS.items() if path.name not in ("__init__.py", "_modidx.py")}
 TREES = {room: ast.parse(path.read_text(encoding="utf-8")) for room, path in ROOMS.items()}

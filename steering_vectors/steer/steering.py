@@ -31,6 +31,7 @@ from ..model.families import LayerType, ModelLayerConfig
 from ..model.hooks import HookHandle
 from ..model.layers import _spans, modules_around, resolve_layer_numbers, resolve_layers
 from ..model.runs import RunWatch
+from .additions import only_adds
 from .checks import _check_operator, _check_reach, _check_vector, _check_width
 from .decorating import F, _decorated
 from .edits import LayerEdit, as_multiplier
@@ -115,6 +116,10 @@ class Steering:
     ) -> str:
         "A line of JSON, in which the vector is called `name`. Raises ValueError for what cannot be written."
         return write_record(_record(self, name))
+
+    def to_vllm(self, name: str) -> str:
+        "What a request to vLLM asks for, where the engine calls the vector `name`; see the guide's page on serving."
+        return write_record(only_adds(_record(self, name)))
 
     @classmethod
     def from_json(

@@ -43,7 +43,7 @@ from .packing import AttentionReach, Row, additive_mask, ancestor_mask
 from .reading import EncodedText
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedModel
 
 # %% ../../nbs/reference/train/batches.ipynb #1dc5d9df
 class Batch(NamedTuple):

@@ -234,6 +234,15 @@ class SteeringVector:
         "Read a control vector, whoever wrote it. Raises ValueError where the file is none."
         return cls(*read_gguf(path, layer_shift))
 
+    def to_vllm(
+        self,
+        name: str,  # what the engine calls the vector
+        multiplier: float = 1.0,
+        tokens: Tokens | None = None,  # which tokens; None: every token
+    ) -> str:  # JSON
+        "What a request to vLLM asks for, where this library is installed beside it."
+        return self.steering(multiplier=multiplier, tokens=tokens).to_vllm(name)
+
     def to_vllm_lens(self, multiplier: float = 1.0) -> dict[str, Any]:
         "What the vLLM plugin `vllm-lens` takes with a request, in JSON values. Raises ValueError where it cannot run it."
         return vllm_lens_payload(self.steering(multiplier=multiplier))

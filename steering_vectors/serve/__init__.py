@@ -1,0 +1,1 @@
+"""A steered model on the engine that people already serve with."""
