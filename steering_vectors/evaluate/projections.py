@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .arguments import Layer, _listed_texts, check_ids, front_number, in_model
+from .arguments import _listed_texts, check_ids, front_number, in_model
 from .results import NotMeasured, TokenValues, _Keyed, _Tabular, token_texts
 from ..markup import text_table
 from ..model.families import ModelLayerConfig

@@ -27,7 +27,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,6 @@ from ..steer.caches import returned
 from .kernels import Shortcut, TreeAttention, fast_kernels, tree_attention
 from .packing import AttentionReach, Row, additive_mask, ancestor_mask
 from .reading import EncodedText
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # %% ../../nbs/reference/train/batches.ipynb #1dc5d9df
 class Batch(NamedTuple):
