@@ -35,6 +35,7 @@ BAKED = {
     "granite": {},
 }
 PER_REQUEST = ["gpt2", "qwen2", "gpt_neox", "opt", "phi", "starcoder2", "granite", "mistral", "qwen3", "phi3", "gemma2"]
+LONGER = {"gemma2": 10}  # its hidden states are ten times as long
 QUICK = {"gpt2", "qwen2"}
 
 
@@ -55,10 +56,10 @@ def jobs() -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", families(PER_REQUEST))
 def test_steered_per_request(folder: Any, kind: str) -> None:
-    model = made(kind)
+    model, size = made(kind), 4.0 * LONGER.get(kind, 1)
     have = {
-        "joy": engines.directions(engines.WIDE, [0, 1, 2], 4.0, 0),
-        "calm": engines.directions(engines.WIDE, [1], 4.0, 1),
+        "joy": engines.directions(engines.WIDE, [0, 1, 2], size, 0),
+        "calm": engines.directions(engines.WIDE, [1], size, 1),
     }
     files = {name: engines.saved(folder, f"{kind}_{name}", v) for name, v in have.items()}
     order = [(name, ids) for name in ("none", "response", "two vectors", "columns") for ids in jobs()]
