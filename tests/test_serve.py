@@ -279,6 +279,15 @@ def test_a_block_that_returns_a_pair_has_its_sum_steered() -> None:
     assert (first + rest)[:, 0].tolist() == [8, 3] and torch.equal(rest, 2 * h)
 
 
+def test_a_batch_of_one_around_the_rows_is_steered_and_a_larger_one_refused() -> None:
+    module, coefficients = torch.nn.Identity(), torch.tensor([[0.0], [2.0], [0.0]])
+    splice(module, coefficients, torch.ones(1, 3))
+    assert module(torch.zeros(1, 2, 3))[0, :, 0].tolist() == [0, 2]
+    for shape in [(2, 2, 3), (2, 1, 3), (1, 1, 2, 3), (2, 4)]:
+        with pytest.raises(ValueError, match="A steered module returns"):
+            module(torch.zeros(shape))
+
+
 def test_a_spliced_module_compiles_without_a_break() -> None:
     module, coefficients = torch.nn.Linear(3, 3), torch.zeros(8, 1)
     splice(module, coefficients, torch.ones(1, 3))

@@ -49,9 +49,9 @@ def splice(
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)
         h = out[0] if isinstance(out, tuple) else out
-        if h.ndim != 2 or h.shape[1] != table.shape[1]:
+        if h.shape[-1] != table.shape[1] or h.shape[:-2] not in ((), (1,)):
             raise ValueError(f"A steered module returns (rows, {table.shape[1]}); this one returned {tuple(h.shape)}.")
-        h = h + (coefficients[: h.shape[0]] @ table).to(h.dtype)
+        h = h + (coefficients[: h.shape[-2]] @ table).to(h.dtype)
         return (h, *out[1:]) if isinstance(out, tuple) else h
 
     module.forward = forward

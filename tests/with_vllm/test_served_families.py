@@ -17,7 +17,9 @@ WIDER = {"intermediate_size": 2 * engines.WIDE, "initializer_range": 0.2}
 BY_HAND: dict[str, Any] = {
     "phi": lambda: PhiConfig(**SIZES, **ENDS, **WIDER, partial_rotary_factor=0.5),
     "starcoder2": lambda: Starcoder2Config(**SIZES, **ENDS, **WIDER, num_key_value_heads=2),
-    "granite": lambda: GraniteConfig(**SIZES, **ENDS, **WIDER, num_key_value_heads=2, mlp_bias=True),
+    "granite": lambda: GraniteConfig(
+        **SIZES, **ENDS, **WIDER, num_key_value_heads=2, mlp_bias=True, attention_multiplier=32**-0.5
+    ),
     "opt": lambda: OPTConfig(
         **SIZES, **ENDS, ffn_dim=256, word_embed_proj_dim=engines.WIDE, init_std=0.2, do_layer_norm_before=True
     ),
@@ -33,6 +35,7 @@ BAKED = {
     "granite": {},
 }
 PER_REQUEST = ["gpt2", "qwen2", "gpt_neox", "opt", "phi", "starcoder2", "granite", "mistral", "qwen3", "phi3", "gemma2"]
+LONGER = {"gemma2": 10}  # its hidden states are ten times as long
 QUICK = {"gpt2", "qwen2"}
 
 
@@ -53,15 +56,16 @@ def jobs() -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", families(PER_REQUEST))
 def test_steered_per_request(folder: Any, kind: str) -> None:
-    model = made(kind)
+    model, size = made(kind), 4.0 * LONGER.get(kind, 1)
     have = {
-        "joy": engines.directions(engines.WIDE, [0, 1, 2], 4.0, 0),
-        "calm": engines.directions(engines.WIDE, [1], 4.0, 1),
+        "joy": engines.directions(engines.WIDE, [0, 1, 2], size, 0),
+        "calm": engines.directions(engines.WIDE, [1], size, 1),
     }
     files = {name: engines.saved(folder, f"{kind}_{name}", v) for name, v in have.items()}
     order = [(name, ids) for name in ("none", "response", "two vectors", "columns") for ids in jobs()]
     wanted = [engines.expected(model, ids, NEW, engines.steerings(name, have)) for name, ids in order]
-    assert all(engines.apart(w, wanted[i % 4]) > 1e-2 for i, w in enumerate(wanted) if i > 3)
+    for i in (4, 8, 12):  # each kind shows; a prompt may be too long for a window of attention to reach what is steered
+        assert max(engines.apart(w, plain) for w, plain in zip(wanted[i : i + 4], wanted[:4], strict=True)) > 1e-2
     path = engines.checkpoint(folder / f"plain_{kind}", model)
     with engines.engine(path, additional_config={"steering_vectors": files}) as llm:
         outs = engines.generate(llm, [(ids, engines.asked(name, have)) for name, ids in order], NEW)
