@@ -42,6 +42,8 @@ from .model.recording import Recording as Recording
 from .vectors.provenance import Provenance as Provenance
 from .steer.tokens import Tokens as Tokens
 from .steer.steering import Steering as Steering
+from .steer.gates import Gate as Gate
+from .steer.verdicts import Decisions as Decisions
 from .vectors.baking import bake as bake
 from .evaluate.sweeps import sweep as sweep
 from .evaluate.shifts import next_token_shift as next_token_shift

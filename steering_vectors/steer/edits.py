@@ -30,6 +30,7 @@ from ..numbers import CPU
 from .operators import BUILT_IN, PatchDeltaOperator, ablation_operator, addition_operator
 from .positions import PassTracker
 from .tokens import Tokens
+from .verdicts import GateKeeper
 
 # %% ../../nbs/reference/steer/edits.ipynb #a3858697
 def as_multiplier(
@@ -187,9 +188,10 @@ class LayerEdit:
         multiplier: float | Tensor,  # a number, or (b,) one per row
         selection: Tokens | None,  # which tokens; None for all
         tracker: PassTracker | None,  # knows where the pass stands; None if that is not needed
+        keeper: GateKeeper | None = None,  # knows which rows are open; None if all are
     ):
         self.name, self.width, self.operator, self.multiplier = name, len(vector), operator, multiplier
-        self.selection, self.tracker = selection, tracker
+        self.selection, self.tracker, self.keeper = selection, tracker, keeper
         self.by_row = getattr(operator, "by_row", False) is True  # broadcasts over rows, as our own operators do
         adds = operator == addition_operator()
         self.only_adds = adds and isinstance(multiplier, float)
@@ -204,6 +206,7 @@ class LayerEdit:
                 f"The vector has width {self.width}, but {self.name} returns width {h.shape[-1]}. Was it trained on another model?"
             )
         mask = self.tracker.mask(self.selection, h.device) if self.tracker is not None else True
+        mask = self.keeper.mask(mask, h.device) if self.keeper is not None else mask
         if mask is False:
             return h
         if mask is True and self.only_adds:

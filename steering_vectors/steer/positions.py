@@ -162,7 +162,7 @@ def _facts_after(call: Call) -> CacheFacts | None:
     if call.start == 0:
         prompt = call.length
     columns = call.start + call.length
-    return CacheFacts(columns, prompt, call.is_token, call.padding_known, call.front, call.prefix)
+    return CacheFacts(columns, prompt, call.is_token, call.padding_known, call.front, call.prefix, call.gate)
 
 # %% ../../nbs/reference/steer/positions.ipynb #6a6159b5
 def _remember(call: Call, output: Any, memory: CacheMemory) -> LastPass | None:
@@ -262,6 +262,10 @@ class PassTracker(ModuleHooks):
         if self.local.call is None:
             raise ValueError(_outside_a_pass(self.holder))
         return self.local.call
+
+    def layout(self, selection: Tokens, device: torch.device) -> Layout:
+        "Where the current pass lies, as far as `selection` has to know."
+        return _layout_of(self.current(), self, selection, device)
 
     def mask(
         self,

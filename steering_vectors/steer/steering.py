@@ -31,15 +31,17 @@ from ..model.families import LayerType, ModelLayerConfig
 from ..model.hooks import HookHandle
 from ..model.layers import _spans, modules_around, resolve_layer_numbers, resolve_layers
 from ..model.runs import RunWatch
-from .checks import _check_operator, _check_reach, _check_vector, _check_width
+from .checks import _check_condition, _check_operator, _check_reach, _check_vector, _check_width
 from .decorating import F, _decorated
 from .edits import LayerEdit, as_multiplier
+from .gates import Condition
 from .layouts import PromptLayout
 from .operators import PatchDeltaOperator, addition_operator
 from .pictures import cells_as_html, cells_as_text, token_cells
 from .positions import PassTracker
 from .records import SteeringRecord, read_record, write_record
 from .tokens import Tokens, as_selection
+from .verdicts import Decisions, GateKeeper, gate_modules, gate_readers, gated_selection
 
 # %% ../../nbs/reference/steer/steering.ipynb #805a45de
 class Directions(Protocol):
@@ -64,15 +66,18 @@ class Steering:
     multiplier: float | Sequence[float] | Tensor = 1.0  # how strongly; a number, or one per row
     tokens: Tokens | Sequence[int] | slice | Tensor | None = None  # which tokens; None: every token
     layer_config: ModelLayerConfig | None = None  # where the layers are, if they are not found by themselves
+    when: Condition | None = None  # for which prompts; None: for all
 
     def __post_init__(self) -> None:
         _check_operator(self.operator)
         _check_vector(self.vector)
+        _check_condition(self.when)
         operator = addition_operator() if self.operator is None else self.operator
         multiplier, tokens = as_multiplier(self.multiplier), as_selection(tokens=self.tokens)
         checked = {"operator": operator, "multiplier": multiplier, "tokens": tokens}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        _ = self.selection  # refuses tokens that lie before what a gate decides
 
     @property
     def layer_activations(self) -> Mapping[int, Tensor]:
@@ -91,8 +96,9 @@ class Steering:
 
     @property
     def selection(self) -> Tokens | None:
-        "The tokens as an expression; None: every token."
-        return as_selection(tokens=self.tokens)
+        "The tokens as an expression; None: every token. Where a gate reads the prompt, those of the response."
+        selection = as_selection(tokens=self.tokens)
+        return selection if self.when is None else gated_selection(selection, self.when)
 
     def times(
         self,
@@ -161,6 +167,8 @@ def _settings(steering: Steering) -> dict[str, str]:
         given["tokens"] = repr(steering.tokens)
     if steering.layer_config is not None:
         given["layer_config"] = repr(steering.layer_config)
+    if steering.when is not None:
+        given["when"] = repr(steering.when)
     return given
 
 # %% ../../nbs/reference/steer/steering.ipynb #38fadc39
@@ -193,6 +201,10 @@ def _record(steering: Steering, name: str) -> SteeringRecord:
         raise ValueError(
             "layer_config belongs to one model and is not written: leave it out, and say it where the steering is applied."
         )
+    if steering.when is not None:
+        raise ValueError(
+            "A gate holds a direction, which is not written as JSON: leave when= out, and say it where the steering is applied."
+        )
     m = steering.strength
     multiplier = m if isinstance(m, float) else tuple(m.tolist())
     layers = tuple(sorted(steering.layer_activations))
@@ -220,14 +232,17 @@ def _from_record(record: SteeringRecord, vectors: Mapping[str, Any]) -> dict[str
 
 # %% ../../nbs/reference/steer/steering.ipynb #3b19b91f
 def _hooks_for(
-    model: nn.Module, edits: Mapping[str, LayerEdit], tracker: PassTracker | None
+    model: nn.Module, edits: Mapping[str, LayerEdit], tracker: PassTracker | None, keeper: GateKeeper | None = None
 ) -> list[Attachment]:  # in the order of attaching; edits come off before the tracker that they ask
     "The hooks of the edits, by the names of their modules, what watches that they run, and the tracker."
     if not edits:
         return []
     hooks = {name: HookHandle(model.get_submodule(name), edit, "edits") for name, edit in edits.items()}
     watch = RunWatch(unwrap(model)[0], hooks, modules_around(model, hooks))
-    return [*([tracker] if tracker is not None else []), watch, *hooks.values()]
+    readers = (
+        [] if keeper is None else gate_readers(model, keeper)
+    )  # before the edits: they read what is not steered yet
+    return [*([tracker] if tracker is not None else []), watch, *readers, *hooks.values()]
 
 # %% ../../nbs/reference/steer/steering.ipynb #1cf5179e
 class SteeringPatchHandle(AttachmentGroup):
@@ -243,10 +258,18 @@ class SteeringPatchHandle(AttachmentGroup):
         edits: Mapping[int, LayerEdit],  # layer number to what happens there; empty where the multiplier is 0
         tracker: PassTracker | None = None,  # knows where a pass stands; None if every token is meant
         prompt: PromptLayout | None = None,  # what `prompt=` gave
+        keeper: GateKeeper | None = None,  # knows which rows are open; None if all are
     ):
         self.model, self.steering, self.prompt = model, steering, prompt
-        self.modules, self.edits, self.tracker = dict(modules), dict(edits), tracker
-        self.parts = _hooks_for(model, {modules[n]: edit for n, edit in edits.items()}, tracker)
+        self.modules, self.edits, self.tracker, self.keeper = dict(modules), dict(edits), tracker, keeper
+        self.parts = _hooks_for(model, {modules[n]: edit for n, edit in edits.items()}, tracker, keeper)
+
+    @property
+    def decisions(self) -> Decisions:
+        "Which rows of the last batch were steered. Raises ValueError without `when=`, and before a prompt was read."
+        if self.keeper is None:
+            raise ValueError("This steering has no gate, so nothing is decided: pass when=.")
+        return self.keeper.decisions
 
     def __call__(self, function: F) -> F:
         "Decorate a function: the model is steered while it runs. Raises TypeError for one whose code runs later."
@@ -268,10 +291,21 @@ def _summary(handle: SteeringPatchHandle) -> str:
     m = steering.strength
     times = f"{m:g}" if isinstance(m, float) else f"[{', '.join(f'{x:g}' for x in m.tolist())}] by row"
     where = f"{len(modules)} layers, {modules[0]} to {modules[-1]}" if len(modules) > 2 else ", ".join(modules)
-    which = "every token" if steering.tokens is None else repr(steering.tokens)
+    which = "every token" if steering.selection is None else repr(steering.selection)
     state = "attached" if handle.attached else "not attached"
+    which = which if steering.when is None else f"{which}, when {steering.when!r}"
     idle = "" if handle.edits else " (multiplier 0: nothing is edited)"
     return f"{steering.operator!r} × {times} at {where} ({steering.layer_type}), {which}; {state}{idle}"
+
+# %% ../../nbs/reference/steer/steering.ipynb #98f5dfcf
+def _keeper_for(
+    steering: Steering, model: nn.Module, numbers: Sequence[int], tracker: PassTracker | None
+) -> GateKeeper | None:
+    "What decides for which rows this steering is meant; None where it is meant for all."
+    if steering.when is None or tracker is None:
+        return None
+    names = gate_modules(model, steering.when, numbers, steering.layer_type, steering.layer_config)
+    return GateKeeper(steering.when, tracker, names)
 
 # %% ../../nbs/reference/steer/steering.ipynb #4669ab28
 def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> SteeringPatchHandle:
@@ -286,9 +320,12 @@ def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> Steeri
         _check_width(model, n, v)
     layout = None if prompt is None else PromptLayout.of(prompt)
     _check_reach(selection, layout)
-    everywhere_alike = selection is None and isinstance(m, float)
+    everywhere_alike = selection is None and isinstance(m, float) and steering.when is None
     tracker = None if everywhere_alike else PassTracker(model, layout if selection is not None else None)
+    keeper = _keeper_for(steering, model, numbers, tracker)
     edits: dict[int, LayerEdit] = {}
     if m != 0 if isinstance(m, float) else bool(m.any()):
-        edits = {n: LayerEdit(found[n], v, steering.operator, m, selection, tracker) for n, v in by_number.items()}
-    return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, layout)
+        edits = {
+            n: LayerEdit(found[n], v, steering.operator, m, selection, tracker, keeper) for n, v in by_number.items()
+        }
+    return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, layout, keeper)

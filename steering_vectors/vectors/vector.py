@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..model.families import LayerType, ModelLayerConfig, check_layer_type
+from ..steer.gates import Condition
 from ..steer.operators import PatchDeltaOperator, addition_operator
 from ..steer.steering import Steering, SteeringPatchHandle
 from ..steer.tokens import Tokens, as_selection
@@ -71,9 +72,10 @@ class SteeringVector:
         multiplier: float | Sequence[float] | Tensor = 1.0,  # how strongly; a number, or one per row of the batch
         tokens: Tokens | Sequence[int] | slice | Tensor | None = None,  # which tokens; None: every token
         layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
+        when: Condition | None = None,  # for which prompts: a gate, or gates combined by ~ & |; None: for all
     ) -> Steering:  # a value: `.apply(model)` attaches it, and every measure takes it
         "How to steer with this vector."
-        return Steering(self, operator or addition_operator(), multiplier, tokens, layer_config)
+        return Steering(self, operator or addition_operator(), multiplier, tokens, layer_config, when)
 
     def apply(
         self,
@@ -85,11 +87,12 @@ class SteeringVector:
         token_indices: Sequence[int] | slice | Tensor | None = None,  # columns, or a 0/1 mask of shape (s,) or (b, s)
         tokens: Tokens | Sequence[int] | slice | Tensor | None = None,  # such as Tokens.response, or any of the above
         prompt: Any = None,  # the ids given to the model, where the prompt's end must be known
+        when: Condition | None = None,  # for which prompts: a gate, or gates combined by ~ & |; None: for all
     ) -> SteeringPatchHandle:  # checked, not attached; use it in a `with` statement
         """Steer `model` while a `with` block is open; addition is Turner et al. 2023, arXiv:2308.10248.
         Raises ValueError or TypeError: a layer does not exist, or something does not fit; nothing is attached then."""
         selection = as_selection(min_token_index, token_indices, tokens)
-        return self.steering(operator, multiplier, selection, layer_config).apply(model, prompt)
+        return self.steering(operator, multiplier, selection, layer_config, when).apply(model, prompt)
 
     def patch_activations(
         self,
@@ -101,10 +104,11 @@ class SteeringVector:
         token_indices: Sequence[int] | slice | Tensor | None = None,
         tokens: Tokens | Sequence[int] | slice | Tensor | None = None,
         prompt: Any = None,
+        when: Condition | None = None,
     ) -> SteeringPatchHandle:  # attached; call its `remove()` when done
         "Steer `model` from now on, until the handle is removed. Raises as `apply` does."
         positions = min_token_index, token_indices, tokens
-        return self.apply(model, layer_config, operator, multiplier, *positions, prompt).attach()
+        return self.apply(model, layer_config, operator, multiplier, *positions, prompt, when).attach()
 
     patch = patch_activations
 
