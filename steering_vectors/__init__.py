@@ -44,6 +44,7 @@ from .steer.tokens import Tokens as Tokens
 from .steer.steering import Steering as Steering
 from .steer.gates import Gate as Gate
 from .steer.verdicts import Decisions as Decisions
+from .train.gating import train_gate as train_gate
 from .vectors.baking import bake as bake
 from .evaluate.sweeps import sweep as sweep
 from .evaluate.shifts import next_token_shift as next_token_shift

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from versions import fault, skip_if
 
-from steering_vectors import SteeringVector, Tokens, ablation_operator, addition_operator, bake
-from steering_vectors.demo import tiny_model
+from steering_vectors import SteeringVector, Tokens, ablation_operator, addition_operator, bake, train_gate
+from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.evaluate.arguments import as_steerings
 from steering_vectors.steer.gates import Condition, Gate
 from steering_vectors.steer.steering import Steering
@@ -418,3 +418,69 @@ def test_bad_input(model: Any) -> None:
         model(**prompts())
     with pytest.raises(ValueError, match="nothing for a row"):
         _ = handle.decisions
+
+
+def loud_and_quiet() -> tuple[list[str], list[str]]:
+    words = [
+        "come here",
+        "look at that",
+        "what a day",
+        "where are you",
+        "stop it now",
+        "this is good",
+        "give it back",
+        "let me in",
+    ]
+    return [word.upper() for word in words], words
+
+
+@pytest.mark.parametrize("as_chat", [False, True], ids=["words", "conversations"])
+def test_a_trained_gate_tells_new_prompts_apart(as_chat: bool) -> None:
+    model, tok = tiny_model("llama"), tiny_tokenizer()
+    loud, quiet = loud_and_quiet()
+    told: Any = [[[{"role": "user", "content": t}] for t in side] if as_chat else side for side in (loud, quiet)]
+    gate = train_gate(model, tok, *told, layer=1)
+    assert gate.judged["opens"] - gate.judged["opens_for_others"] > 0.6
+    new: Any = ["GO AWAY", "go away", "WHO IS IT", "who is it there"]
+    if as_chat:
+        new = [
+            tok.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
+            for t in new
+        ]
+    batch = tok(new, return_tensors="pt", padding=True, add_special_tokens=not as_chat)
+    v = SteeringVector({2: torch.ones(32)})
+    with torch.no_grad(), v.apply(model, when=gate, prompt=batch) as handle:
+        model(**batch)
+    assert handle.decisions.open.tolist() == [True, False, True, False]
+
+
+def test_training_and_deciding_read_the_same_mean() -> None:
+    "The scores of a batch are those of the prompts one by one, where the shared beginning is left out."
+    model, tok = tiny_model("llama").double(), tiny_tokenizer()
+    gate = train_gate(model, tok, *loud_and_quiet(), layer=1)
+    batch = tok(["GO AWAY", "who is it there"], return_tensors="pt", padding=True)
+    v = SteeringVector({2: torch.ones(32, dtype=torch.float64)})
+    with torch.no_grad(), v.apply(model, when=gate, prompt=batch) as handle:
+        model(**batch)
+    assert repr(gate.tokens) == "Tokens.prompt[1:]"  # all begin with <s>
+    for r, text in enumerate(["GO AWAY", "who is it there"]):
+        own = states_of(model, tok(text, return_tensors="pt").input_ids[0], 1)[1:].mean(0)
+        assert abs(float(own @ gate.direction) - float(handle.decisions.scores[r, 0])) < EXACT * float(
+            gate.direction.norm()
+        )
+
+
+def test_kinds_that_do_not_differ_are_judged_so() -> None:
+    model, tok = tiny_model("llama"), tiny_tokenizer()
+    _, quiet = loud_and_quiet()
+    gate = train_gate(model, tok, quiet[::2], quiet[1::2], layer=1)
+    assert gate.judged["opens"] - gate.judged["opens_for_others"] < 0.6
+
+
+def test_a_prompt_without_the_gates_tokens_stays_closed(model: Any) -> None:
+    given, gate = prompts(), gate_of(model)
+    far = Gate(gate.direction, READ, -float("inf"), tokens=Tokens.prompt[5:])
+    handle = vector_of(model).apply(model, when=far, prompt=given)
+    with handle, torch.no_grad():
+        model(**given)
+    assert handle.decisions.open.tolist() == [False, True, False, True]  # rows 0 and 2 have fewer than six tokens

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..model.families import LayerType, check_layer_type
 from ..numbers import whole_number
+from .tokens import Tokens
 
 # %% ../../nbs/reference/steer/gates.ipynb #d72fdbb8
 class Condition:
@@ -99,10 +100,13 @@ class Gate(Condition):
     threshold: float = 0.0  # open above it
     layer_type: LayerType = "decoder_block"  # which output of the block
     every_token: bool = False  # decide anew at each token, by that token alone
+    tokens: Tokens = Tokens.prompt  # which of the prompt's tokens are averaged
     judged: dict[str, Any] = field(default_factory=dict)  # how it did on prompts it has not seen
 
     def __post_init__(self) -> None:
         check_layer_type(self.layer_type)
+        if not isinstance(self.tokens, Tokens) or not self.tokens.within_prompt:
+            raise ValueError(f"A gate reads tokens of the prompt, such as Tokens.prompt[3:], not {self.tokens!r}.")
         object.__setattr__(self, "direction", _checked_gate_direction(self.direction))
         object.__setattr__(self, "layer", whole_number(self.layer))
         object.__setattr__(self, "threshold", _checked_threshold(self.threshold))
@@ -131,7 +135,7 @@ class Gate(Condition):
 
     def __repr__(self) -> str:
         kind = "" if self.layer_type == "decoder_block" else f" ({self.layer_type})"
-        each = ", each token" if self.every_token else ""
+        each = ", each token" if self.every_token else "" if self.tokens == Tokens.prompt else f", {self.tokens!r}"
         return f"Gate(layer {self.layer}{kind}, above {self.threshold:.3g}{each}{_judgement(self.judged)})"
 
 # %% ../../nbs/reference/steer/gates.ipynb #33aceb45

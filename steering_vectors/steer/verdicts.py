@@ -109,14 +109,17 @@ def _scores_by_token(gate: Gate, h: Tensor, call: Call, module: str) -> Tensor: 
     return gate.scores(rows)
 
 # %% ../../nbs/reference/steer/verdicts.ipynb #f2a1a2f0
-def _means(readings: Readings, tracker: PassTracker, device: torch.device) -> Tensor:  # (b, gates)
+def _means(
+    readings: Readings, gates: Sequence[Gate], tracker: PassTracker, device: torch.device
+) -> Tensor:  # (b, gates that decide by the prompt)
     "Each gate's mean over the prompt's own tokens that have been read."
-    values = torch.stack([v[:, : readings.columns].to(device) for _, v in sorted(readings.values.items())], -1)
-    whole = replace(tracker.layout(COUNTED, device), start=0, length=readings.columns, ids=None)
-    mask = select(Tokens.prompt, whole)
-    is_prompt = mask if isinstance(mask, Tensor) else torch.full((1, readings.columns), mask, device=device)
-    total = torch.where(is_prompt[..., None], values, 0).sum(1)
-    return total / is_prompt.sum(1, keepdim=True).clamp(min=1)
+    n, found = readings.columns, []
+    whole = replace(tracker.layout(COUNTED, device), start=0, length=n, ids=None)
+    for i, read in sorted(readings.values.items()):
+        values, mask = read[:, :n].to(device), select(gates[i].tokens, whole)
+        chosen = mask if isinstance(mask, Tensor) else torch.full((1, n), mask, device=device)
+        found.append(torch.where(chosen, values, 0).sum(1) / chosen.sum(1))
+    return torch.stack(found, 1)
 
 # %% ../../nbs/reference/steer/verdicts.ipynb #be1cc032
 @dataclass(frozen=True, eq=False, repr=False)
@@ -211,7 +214,7 @@ class GateKeeper:
         "The means of the prompts; worked out once for each of them."
         readings: Readings = call.gate
         if device not in readings.scores:
-            readings.scores[device] = _means(readings, self.tracker, device)
+            readings.scores[device] = _means(readings, self.condition.gates, self.tracker, device)
         return readings.scores[device]
 
     @property
