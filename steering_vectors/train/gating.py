@@ -23,15 +23,16 @@ __all__ = ['Discriminant', 'train_gate']
 
 # %% ../../nbs/reference/train/gating.ipynb #f66d09b6
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..model.families import LayerType, ModelLayerConfig
-from ..model.layers import resolve_layer_numbers, resolve_layers
-from ..model.recording import record_activations
 from ..model.blocks import input_device
+from ..model.families import LayerType, ModelLayerConfig
+from ..model.hooks import by_token, read_output
+from ..model.layers import resolve_layer_numbers, resolve_layers
 from ..modes import undisturbed
 from ..numbers import CPU
 from ..steer.gates import Gate
@@ -49,14 +50,31 @@ def _words_begin(rows: Sequence[list[int]]) -> int:
     shared = min((shared_start(rows[0], row) for row in rows[1:]), default=0)
     return min(shared, min(map(len, rows)) - 1)
 
+# %% ../../nbs/reference/train/gating.ipynb #d575c38e
+class _LayerRead(Exception):
+    "Ends a pass in which nothing above is wanted."
+
+# %% ../../nbs/reference/train/gating.ipynb #74c7c9dd
+def _states(model: nn.Module, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:  # (b, s, d)
+    "What `module` returns for one batch. Raises ValueError where the model never runs it."
+    kept: list[Tensor] = []
+
+    def read(h: Tensor) -> None:
+        kept.append(h)
+        raise _LayerRead
+
+    with undisturbed(model), suppress(_LayerRead), read_output(module, read):
+        model(**inputs)
+    if not kept:
+        raise ValueError(f"{type(model).__name__} never ran this layer, so a gate cannot read it. Choose another.")
+    return by_token(kept[0], *inputs["input_ids"].shape)[0]
+
 # %% ../../nbs/reference/train/gating.ipynb #ce66bfbb
 def _means_of_prompts(
     model: nn.Module,
     rows: Sequence[list[int]],  # ids of each prompt
     first: int,  # the first token that counts
-    layer: int,
-    layer_type: LayerType,
-    layer_config: ModelLayerConfig | None,
+    module: nn.Module,  # whose output is read
     batch_size: int,
 ) -> Tensor:  # (n, d) float64, on the CPU
     "The mean of each prompt's tokens from `first` on, at one layer."
@@ -66,10 +84,7 @@ def _means_of_prompts(
         longest = max(map(len, some))
         ids = torch.tensor([row + row[-1:] * (longest - len(row)) for row in some], device=CPU)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in some], device=CPU)
-        recording = record_activations(model, layer_type, layer_config, layer_nums=[layer])
-        with undisturbed(model), recording as seen:
-            model(input_ids=ids.to(device), attention_mask=mask.to(device))
-        h = next(iter(seen.values()))[0].to(CPU).double()
+        h = _states(model, module, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}).to(CPU).double()
         found += [h[i, first : len(row)].mean(0) for i, row in enumerate(some)]
     return torch.stack(found)
 
@@ -158,10 +173,11 @@ def train_gate(
         raise ValueError(
             f"A gate is learned from lists of at least 4 prompts of each kind; there are {len(kinds[0])} and {len(kinds[1])}."
         )
-    number = resolve_layer_numbers([layer], resolve_layers(model, layer_type, layer_config), layer_type)[0]
+    found = resolve_layers(model, layer_type, layer_config)
+    number = resolve_layer_numbers([layer], found, layer_type)[0]
     rows = texts_ids(tokenizer, [*kinds[0], *kinds[1]], True, template)
     first = _words_begin(rows)
-    means = _means_of_prompts(model, rows, first, number, layer_type, layer_config, batch_size)
+    means = _means_of_prompts(model, rows, first, model.get_submodule(found[number]), batch_size)
     positive, negative = means[: len(kinds[0])], means[len(kinds[0]) :]
     return _learned(
         positive, negative, number, layer_type, threshold, Tokens.prompt[first:] if first else Tokens.prompt
