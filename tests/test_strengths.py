@@ -1,5 +1,6 @@
 """Strength by layer, by row and by token of the response, together, against a plain loop; and the ways of generating agree."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,48 @@ def test_bad_input(model: Any) -> None:
         as_steerings(v.steering(schedule=decay(2)))
     with pytest.raises(ValueError, match="for each layer"):
         as_steerings(v.steering(multiplier={1: 1, 2: 2}))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_two_threads_with_two_steerings_do_not_add_up(model: Any, gated: bool) -> None:
+    "Each thread of a server has its own steering; both contexts are open at once."
+    given, both_open = prompts(), threading.Barrier(2, timeout=60)
+    gate = gate_of(model)
+    found: dict[int, Any] = {}
+
+    def one(seed: int, alone: bool) -> Any:
+        how: dict[str, Any] = {"when": gate, "prompt": given} if gated else {}
+        with vector_of(model, seed=seed).apply(model, this_thread_only=True, **how):
+            if alone:
+                return generate(model, given)
+            both_open.wait()
+            found[seed] = generate(model, given)
+            both_open.wait()
+        return None
+
+    expected = {seed: one(seed, True) for seed in (3, 4)}
+    threads = [threading.Thread(target=one, args=(seed, False)) for seed in (3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (3, 4):
+        assert all(torch.equal(a, b) for a, b in zip(found[seed].logits, expected[seed].logits, strict=True))
+    assert not torch.equal(expected[3].logits[0], expected[4].logits[0])
+    assert not torch.equal(expected[3].logits[0], generate(model, given).logits[0])
+
+
+def test_other_threads_are_not_steered_and_not_looked_at(model: Any) -> None:
+    given, kept = prompts(), []
+    before = generate(model, given)
+    with vector_of(model).apply(model, this_thread_only=True, tokens=Tokens.response):
+        thread = threading.Thread(target=lambda: kept.append(generate(model, given, use_cache=False)))
+        thread.start()
+        thread.join()
+    assert len(kept) == 1, "a pass that a tracker would refuse runs in another thread"
+    assert torch.equal(kept[0].sequences, before.sequences)
+    with vector_of(model).apply(model, tokens=Tokens.response, prompt=given):
+        thread = threading.Thread(target=lambda: kept.append(generate(model, given)))
+        thread.start()
+        thread.join()
+    assert not torch.equal(kept[1].logits[0], before.logits[0])

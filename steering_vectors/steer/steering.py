@@ -40,6 +40,7 @@ from .operators import PatchDeltaOperator, addition_operator
 from .pictures import cells_as_html, cells_as_text, token_cells
 from .positions import PassTracker
 from .records import SteeringRecord, read_record, write_record
+from .scopes import ThreadScope
 from .spelling import _layers_as_code, _number_as_code, _plain_number, _product, _with_layers
 from .strengths import Schedule, by_layer, largest_factor, within_response
 from .tokens import Tokens, as_selection
@@ -133,9 +134,10 @@ class Steering:
         self,
         model: nn.Module,  # any model whose layers can be found; not changed
         prompt: Any = None,  # the ids given to the model, where the prompt's end must be known
+        this_thread_only: bool = False,  # steer only passes of the thread that attaches it
     ) -> "SteeringPatchHandle":  # checked, not attached; use it in a `with` statement
         "Steer `model` while a `with` block is open. Raises ValueError or TypeError for what does not fit the model."
-        return _checked_handle(self, model, prompt)
+        return _checked_handle(self, model, prompt, ThreadScope() if this_thread_only else None)
 
     def to_json(
         self,
@@ -234,17 +236,23 @@ def _from_record(record: SteeringRecord, vectors: Mapping[str, Any]) -> dict[str
 
 # %% ../../nbs/reference/steer/steering.ipynb #3b19b91f
 def _hooks_for(
-    model: nn.Module, edits: Mapping[str, LayerEdit], tracker: PassTracker | None, keeper: GateKeeper | None = None
+    model: nn.Module,
+    edits: Mapping[str, LayerEdit],
+    tracker: PassTracker | None,
+    keeper: GateKeeper | None = None,
+    scope: ThreadScope | None = None,
 ) -> list[Attachment]:  # in the order of attaching; edits come off before the tracker that they ask
     "The hooks of the edits, by the names of their modules, what watches that they run, and the tracker."
     if not edits:
         return []
-    hooks = {name: HookHandle(model.get_submodule(name), edit, "edits") for name, edit in edits.items()}
+    limit = (lambda edit: edit) if scope is None else scope.limited
+    hooks = {name: HookHandle(model.get_submodule(name), limit(edit), "edits") for name, edit in edits.items()}
     watch = RunWatch(unwrap(model)[0], hooks, modules_around(model, hooks))
     readers = (
-        [] if keeper is None else gate_readers(model, keeper)
+        [] if keeper is None else gate_readers(model, keeper, limit)
     )  # before the edits: they read what is not steered yet
-    return [*([tracker] if tracker is not None else []), watch, *readers, *hooks.values()]
+    begun = [part for part in (scope, tracker) if part is not None]
+    return [*begun, watch, *readers, *hooks.values()]
 
 # %% ../../nbs/reference/steer/steering.ipynb #1cf5179e
 class SteeringPatchHandle(AttachmentGroup):
@@ -261,10 +269,11 @@ class SteeringPatchHandle(AttachmentGroup):
         tracker: PassTracker | None = None,  # knows where a pass stands; None if every token is meant
         prompt: PromptLayout | None = None,  # what `prompt=` gave
         keeper: GateKeeper | None = None,  # knows which rows are open; None if all are
+        scope: ThreadScope | None = None,  # whose passes are steered; None: those of every thread
     ):
         self.model, self.steering, self.prompt = model, steering, prompt
         self.modules, self.edits, self.tracker, self.keeper = dict(modules), dict(edits), tracker, keeper
-        self.parts = _hooks_for(model, {modules[n]: edit for n, edit in edits.items()}, tracker, keeper)
+        self.parts = _hooks_for(model, {modules[n]: edit for n, edit in edits.items()}, tracker, keeper, scope)
 
     @property
     def decisions(self) -> Decisions:
@@ -312,7 +321,9 @@ def _keeper_for(
     return GateKeeper(steering.when, tracker, names)
 
 # %% ../../nbs/reference/steer/steering.ipynb #4669ab28
-def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> SteeringPatchHandle:
+def _checked_handle(
+    steering: Steering, model: nn.Module, prompt: Any, scope: ThreadScope | None
+) -> SteeringPatchHandle:
     "Check everything, touch nothing."
     vectors, selection = steering.layer_activations, steering.selection
     strengths = list(steering.strengths.values())
@@ -327,11 +338,11 @@ def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> Steeri
     _check_reach(selection, layout)
     one_number = all(isinstance(m, float) for m in strengths)
     everywhere_alike = selection is None and one_number and steering.when is None
-    tracker = None if everywhere_alike else PassTracker(model, layout if selection is not None else None)
+    tracker = None if everywhere_alike else PassTracker(model, layout if selection is not None else None, scope)
     keeper = _keeper_for(steering, model, numbers, tracker)
     how = selection, tracker, keeper, steering.schedule
     edits: dict[int, LayerEdit] = {}
     for (n, v), m in zip(by_number.items(), strengths, strict=True):
         if m != 0 if isinstance(m, float) else bool(m.any()):
             edits[n] = LayerEdit(found[n], v, steering.operator, m, *how)
-    return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, layout, keeper)
+    return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, layout, keeper, scope)

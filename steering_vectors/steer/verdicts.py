@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..markup import html_table, text_table
 from ..model.blocks import text_config
 from ..model.families import LayerType
-from ..model.hooks import HookHandle, by_token
+from ..model.hooks import Edit, HookHandle, by_token
 from ..model.layers import resolve_layer_numbers, resolve_layers
 from .calls import Call
 from .gates import Condition, Gate
@@ -261,17 +261,18 @@ def gate_modules(
 def gate_readers(
     model: nn.Module,  # to be steered
     keeper: GateKeeper,  # that decides
+    limit: Callable[[Edit], Edit] = lambda edit: edit,  # to the passes that count
 ) -> list[HookHandle]:  # not attached; to be attached before the edits
     "A hook for each gate."
 
-    def reader(i: int) -> Callable[[Tensor], Tensor]:
+    def reader(i: int) -> Edit:
         def read(h: Tensor) -> Tensor:
             keeper.read(i, h)
             return h
 
         return read
 
-    return [HookHandle(model.get_submodule(name), reader(i), "edits") for i, name in enumerate(keeper.modules)]
+    return [HookHandle(model.get_submodule(name), limit(reader(i)), "edits") for i, name in enumerate(keeper.modules)]
 
 # %% ../../nbs/reference/steer/verdicts.ipynb #f8f1e537
 def gated_selection(

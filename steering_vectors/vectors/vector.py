@@ -94,11 +94,14 @@ class SteeringVector:
         prompt: Any = None,  # the ids given to the model, where the prompt's end must be known
         when: Condition | None = None,  # for which prompts: a gate, or gates combined by ~ & |; None: for all
         schedule: Schedule | None = None,  # a factor for each token of the response, as decay(16); None: 1
+        this_thread_only: bool = False,  # steer only passes of the thread that attaches it
     ) -> SteeringPatchHandle:  # checked, not attached; use it in a `with` statement
         """Steer `model` while a `with` block is open; addition is Turner et al. 2023, arXiv:2308.10248.
         Raises ValueError or TypeError: a layer does not exist, or something does not fit; nothing is attached then."""
         selection = as_selection(min_token_index, token_indices, tokens)
-        return self.steering(operator, multiplier, selection, layer_config, when, schedule).apply(model, prompt)
+        return self.steering(operator, multiplier, selection, layer_config, when, schedule).apply(
+            model, prompt, this_thread_only
+        )
 
     def patch_activations(
         self,
@@ -112,10 +115,13 @@ class SteeringVector:
         prompt: Any = None,
         when: Condition | None = None,
         schedule: Schedule | None = None,
+        this_thread_only: bool = False,
     ) -> SteeringPatchHandle:  # attached; call its `remove()` when done
         "Steer `model` from now on, until the handle is removed. Raises as `apply` does."
         positions = min_token_index, token_indices, tokens
-        return self.apply(model, layer_config, operator, multiplier, *positions, prompt, when, schedule).attach()
+        return self.apply(
+            model, layer_config, operator, multiplier, *positions, prompt, when, schedule, this_thread_only
+        ).attach()
 
     patch = patch_activations
 
