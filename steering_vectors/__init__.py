@@ -42,6 +42,11 @@ from .model.recording import Recording as Recording
 from .vectors.provenance import Provenance as Provenance
 from .steer.tokens import Tokens as Tokens
 from .steer.steering import Steering as Steering
+from .steer.gates import Gate as Gate
+from .steer.strengths import decay as decay
+from .steer.strengths import ramp as ramp
+from .steer.verdicts import Decisions as Decisions
+from .train.gating import train_gate as train_gate
 from .vectors.baking import bake as bake
 from .evaluate.sweeps import sweep as sweep
 from .evaluate.shifts import next_token_shift as next_token_shift

@@ -162,6 +162,14 @@ def _with_vector(one: Any) -> tuple[Steering, SteeringVector]:
     if not isinstance(one, Steering):
         check_vector(one)
     steering = as_steering(one)
+    if steering.schedule is not None:
+        raise ValueError(
+            f"A measure has no response whose tokens it could count for schedule={steering.schedule!r}. Leave it out."
+        )
+    if steering.when is not None:
+        raise ValueError(
+            f"A measure steers every text, and this steering has {steering.when!r}. Leave when= out to measure it."
+        )
     _check_one_multiplier(steering.strength)
     one_row(steering.tokens)  # refuses a mask of several rows
     if isinstance(steering.vector, SteeringVector):

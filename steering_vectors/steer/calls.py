@@ -35,6 +35,7 @@ class CacheFacts:
     padding_known: bool = True  # whether a mask or positions showed the padding
     front: int = 0  # columns at its beginning that an adapter put there
     prefix: int = 0  # entries at its beginning that no block computed
+    gate: Any = None  # what gates have read of its prompts
 
 # %% ../../nbs/reference/steer/calls.ipynb #021d7c26
 class CacheMemory:
@@ -94,6 +95,7 @@ class Call:
     facts: CacheFacts | None = None  # what is known of that cache
     unknown_cache: str | None = None  # what shows that it continues something unknown
     added: int = 0  # columns that the model puts among its tokens by itself
+    gate: Any = None  # what gates have read of its prompts, this pass included
     masks: dict[Any, bool | Tensor] = field(default_factory=dict)  # worked out so far
 
     @property

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..model.blocks import text_config
 from .edits import _stored_numbers
+from .gates import Condition
 from .layouts import Layout, PromptLayout
 from .operators import PatchDeltaOperator, ablation_operator, ablation_then_addition_operator
 from .operators import addition_operator
@@ -47,6 +48,15 @@ def _check_operator(operator: PatchDeltaOperator | None) -> None:
     if operator is not None and not callable(operator):
         raise TypeError(
             f"operator must be a function (activation, vector) -> change, not a {type(operator).__name__}; ablation_operator() makes one."
+        )
+
+# %% ../../nbs/reference/steer/checks.ipynb #a2e0ad8a
+def _check_condition(when: Any) -> None:
+    "Refuse what is no gate."
+    if when is not None and not isinstance(when, Condition):
+        raise TypeError(
+            f"when= takes a gate, or gates combined by ~ & |, not a {type(when).__name__}: train_gate makes one, and "
+            "Gate(direction, layer, threshold)."
         )
 
 # %% ../../nbs/reference/steer/checks.ipynb #711b3346

@@ -41,6 +41,7 @@ from .endings import _moved_behind, _prompt_columns
 from .layouts import Layout, PromptLayout
 from .padding import _check_rows, _tokens_from_lengths
 from .places import select
+from .scopes import ThreadScope
 from .starts import read_call
 from .tokens import Tokens
 
@@ -162,7 +163,7 @@ def _facts_after(call: Call) -> CacheFacts | None:
     if call.start == 0:
         prompt = call.length
     columns = call.start + call.length
-    return CacheFacts(columns, prompt, call.is_token, call.padding_known, call.front, call.prefix)
+    return CacheFacts(columns, prompt, call.is_token, call.padding_known, call.front, call.prefix, call.gate)
 
 # %% ../../nbs/reference/steer/positions.ipynb #6a6159b5
 def _remember(call: Call, output: Any, memory: CacheMemory) -> LastPass | None:
@@ -202,12 +203,14 @@ class PassTracker(ModuleHooks):
         self,
         model: nn.Module,  # the model that will run
         prompt: PromptLayout | None = None,  # where the prompt ends, if it was given
+        scope: ThreadScope | None = None,  # whose passes are followed; None: those of every thread
     ):
         super().__init__()
         self.wrapped, self.model = model, unwrap(model)[0]
         self.holder, self.first = _holder_of(model), _first_block(model)
         self.prompt, self.embed, self.warned = prompt, _embedding_of(self.holder), False
         self.pad: int | None = getattr(text_config(model), "pad_token_id", None)
+        self.scope = scope
         self._forget()
 
     def _forget(self) -> None:
@@ -228,12 +231,15 @@ class PassTracker(ModuleHooks):
         self._forget()
 
     def _enter_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.local.outer = _outer_arguments(module, args, kwargs)
+        if self.scope is None or self.scope.holds():
+            self.local.outer = _outer_arguments(module, args, kwargs)
 
     def _leave_outer(self, module: nn.Module, args: Any, output: Any) -> None:
         self.local.outer = {}
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.scope is not None and not self.scope.holds():
+            return
         _check_rows_first(module)
         outer, self.local.outer = self.local.outer, {}  # an interrupt skips the hooks that end a call
         inner = named_arguments(module, args, kwargs)
@@ -262,6 +268,10 @@ class PassTracker(ModuleHooks):
         if self.local.call is None:
             raise ValueError(_outside_a_pass(self.holder))
         return self.local.call
+
+    def layout(self, selection: Tokens, device: torch.device) -> Layout:
+        "Where the current pass lies, as far as `selection` has to know."
+        return _layout_of(self.current(), self, selection, device)
 
     def mask(
         self,

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from ..numbers import is_bool, whole_number
 from .operators import PatchDeltaOperator, ablation_operator, ablation_then_addition_operator
 from .operators import addition_operator
+from .strengths import Schedule, schedule_as_json, schedule_from_json
 from .tokens import Tokens
 
 # %% ../../nbs/reference/steer/records.ipynb #d76eba45
@@ -126,8 +127,16 @@ class SteeringRecord(NamedTuple):
     vector: str  # its name
     layers: tuple[int, ...] | None = None  # None: all it has
     operator: PatchDeltaOperator = OPERATORS["addition"]
-    multiplier: float | tuple[float, ...] = 1.0  # several: one per row
+    multiplier: Any = 1.0  # a number, several of them, one per row, or either by layer
     tokens: Tokens | None = None  # None: every token
+    schedule: Schedule | None = None  # a factor for each token of the response
+
+# %% ../../nbs/reference/steer/records.ipynb #9dcb37cc
+def _multiplier_as_json(multiplier: Any) -> Any:
+    "A multiplier as JSON has it; the numbers of layers become texts."
+    if isinstance(multiplier, Mapping):
+        return {str(n): _multiplier_as_json(m) for n, m in multiplier.items()}
+    return list(multiplier) if isinstance(multiplier, tuple) else multiplier
 
 # %% ../../nbs/reference/steer/records.ipynb #a587ece1
 def _as_json(record: SteeringRecord) -> dict[str, Any]:
@@ -136,8 +145,9 @@ def _as_json(record: SteeringRecord) -> dict[str, Any]:
         "vector": record.vector,
         "layers": None if record.layers is None else list(record.layers),
         "operator": operator_name(record.operator),
-        "multiplier": list(record.multiplier) if isinstance(record.multiplier, tuple) else record.multiplier,
+        "multiplier": _multiplier_as_json(record.multiplier),
         "tokens": None if record.tokens is None else repr(record.tokens),
+        "schedule": None if record.schedule is None else schedule_as_json(record.schedule),
     }
 
 # %% ../../nbs/reference/steer/records.ipynb #9f79a33a
@@ -161,8 +171,10 @@ def _layer_list(written: Any) -> tuple[int, ...]:
         raise ValueError(f"layers are whole numbers, [15] or [15, 18]; not {written!r:.60}.") from None
 
 # %% ../../nbs/reference/steer/records.ipynb #560164b2
-def _multiplier(written: Any) -> float | tuple[float, ...]:
-    "A number, or one per row."
+def _multiplier(written: Any) -> Any:
+    "A number, or one per row, or either by layer."
+    if isinstance(written, Mapping):
+        return {_layer_list([int(n)])[0]: _multiplier(m) for n, m in written.items()}
     several = isinstance(written, (list, tuple)) and len(written) > 0
     return tuple(_number(m, "a multiplier") for m in written) if several else _number(written, "multiplier")
 
@@ -172,6 +184,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "operator": read_operator,
     "multiplier": _multiplier,
     "tokens": read_tokens,
+    "schedule": schedule_from_json,
 }
 
 # %% ../../nbs/reference/steer/records.ipynb #d4e30c79

@@ -32,15 +32,20 @@ from ..model.hooks import HookHandle
 from ..model.layers import _spans, modules_around, resolve_layer_numbers, resolve_layers
 from ..model.runs import RunWatch
 from .additions import only_adds
-from .checks import _check_operator, _check_reach, _check_vector, _check_width
+from .checks import _check_condition, _check_operator, _check_reach, _check_vector, _check_width
 from .decorating import F, _decorated
-from .edits import LayerEdit, as_multiplier
+from .edits import LayerEdit, Multiplier, as_multiplier
+from .gates import Condition
 from .layouts import PromptLayout
 from .operators import PatchDeltaOperator, addition_operator
 from .pictures import cells_as_html, cells_as_text, token_cells
 from .positions import PassTracker
 from .records import SteeringRecord, read_record, write_record
+from .scopes import ThreadScope
+from .spelling import _layers_as_code, _number_as_code, _plain_number, _product, _with_layers
+from .strengths import Schedule, by_layer, largest_factor, within_response
 from .tokens import Tokens, as_selection
+from .verdicts import Decisions, GateKeeper, gate_modules, gate_readers, gated_selection
 
 # %% ../../nbs/reference/steer/steering.ipynb #805a45de
 class Directions(Protocol):
@@ -62,18 +67,27 @@ class Steering:
 
     vector: Directions | Mapping[int, Tensor]  # layer number to (d,); negative numbers count from the end
     operator: PatchDeltaOperator = addition_operator()  # what to do with the vector
-    multiplier: float | Sequence[float] | Tensor = 1.0  # how strongly; a number, or one per row
+    multiplier: Multiplier | Mapping[int, Multiplier] = 1.0  # how strongly; a number, or one per row; or these by layer
     tokens: Tokens | Sequence[int] | slice | Tensor | None = None  # which tokens; None: every token
     layer_config: ModelLayerConfig | None = None  # where the layers are, if they are not found by themselves
+    when: Condition | None = None  # for which prompts; None: for all
+    schedule: Schedule | None = None  # a factor for each token of the response; None: 1
 
     def __post_init__(self) -> None:
         _check_operator(self.operator)
         _check_vector(self.vector)
+        _check_condition(self.when)
         operator = addition_operator() if self.operator is None else self.operator
-        multiplier, tokens = as_multiplier(self.multiplier), as_selection(tokens=self.tokens)
+        given: Any = self.multiplier
+        each = by_layer(given, list(self.layer_activations))
+        multiplier: Any = as_multiplier(given) if each is None else {n: as_multiplier(m) for n, m in each.items()}
+        tokens = as_selection(tokens=self.tokens)
+        if self.schedule is not None:
+            largest_factor(self.schedule)
         checked = {"operator": operator, "multiplier": multiplier, "tokens": tokens}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        _ = self.selection  # refuses tokens that lie before what a gate decides
 
     @property
     def layer_activations(self) -> Mapping[int, Tensor]:
@@ -87,28 +101,44 @@ class Steering:
 
     @property
     def strength(self) -> float | Tensor:
-        "The multiplier: a number, or (b,) float64, one per row."
+        "The multiplier: a number, or (b,) float64, one per row. Raises ValueError where each layer has its own."
+        if isinstance(self.multiplier, Mapping):
+            raise ValueError(
+                f"This steering has a multiplier for each layer, {self.multiplier!r}, and one is needed here."
+            )
         return as_multiplier(self.multiplier)
 
     @property
+    def strengths(self) -> dict[int, float | Tensor]:
+        "The multiplier of each layer."
+        each = self.multiplier
+        return {n: as_multiplier(each[n] if isinstance(each, Mapping) else each) for n in self.layer_activations}
+
+    @property
     def selection(self) -> Tokens | None:
-        "The tokens as an expression; None: every token."
-        return as_selection(tokens=self.tokens)
+        "The tokens as an expression; None: every token. Where a gate reads the prompt, those of the response."
+        selection = as_selection(tokens=self.tokens)
+        selection = selection if self.when is None else gated_selection(selection, self.when)
+        return selection if self.schedule is None else within_response(selection)
 
     def times(
         self,
         multiplier: float | Sequence[float] | Tensor,  # a number, or one per row
     ) -> "Steering":
         "The same steering, `multiplier` times as strong. Raises ValueError where both multipliers are given by row."
-        return replace(self, multiplier=_product(self.strength, as_multiplier(multiplier)))
+        factor = as_multiplier(multiplier)
+        if isinstance(self.multiplier, Mapping):
+            return replace(self, multiplier={n: _product(m, factor) for n, m in self.strengths.items()})
+        return replace(self, multiplier=_product(self.strength, factor))
 
     def apply(
         self,
         model: nn.Module,  # any model whose layers can be found; not changed
         prompt: Any = None,  # the ids given to the model, where the prompt's end must be known
+        this_thread_only: bool = False,  # steer only passes of the thread that attaches it
     ) -> "SteeringPatchHandle":  # checked, not attached; use it in a `with` statement
         "Steer `model` while a `with` block is open. Raises ValueError or TypeError for what does not fit the model."
-        return _checked_handle(self, model, prompt)
+        return _checked_handle(self, model, prompt, ThreadScope() if this_thread_only else None)
 
     def to_json(
         self,
@@ -143,40 +173,25 @@ def as_steering(
     "A steering as it is; a vector as a steering that adds it once, at every token."
     return how if isinstance(how, Steering) else Steering(how)
 
-# %% ../../nbs/reference/steer/steering.ipynb #a72d5215
-def _product(one: float | Tensor, other: float | Tensor) -> float | Tensor:
-    "Two multipliers, of which one at most is given by row."
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        raise ValueError(
-            f"Both multipliers are given by row, {one.tolist()} and {other.tolist()}. Give one of them as a number."
-        )
-    return one * other
-
 # %% ../../nbs/reference/steer/steering.ipynb #dc7d4b93
 def _settings(steering: Steering) -> dict[str, str]:
     "What differs from the usual, as code."
-    multiplier, given = steering.strength, {}
+    given: dict[str, str] = {}
     if steering.operator != addition_operator():
         given["operator"] = repr(steering.operator)
-    if isinstance(multiplier, Tensor):
-        given["multiplier"] = repr(multiplier.tolist())
-    elif multiplier != 1.0:
-        given["multiplier"] = f"{multiplier:g}"
+    if isinstance(steering.multiplier, Mapping):
+        given["multiplier"] = f"{{{', '.join(f'{n}: {_number_as_code(m)}' for n, m in steering.strengths.items())}}}"
+    elif isinstance(steering.strength, Tensor) or steering.strength != 1.0:
+        given["multiplier"] = _number_as_code(steering.strength)
     if steering.tokens is not None:
         given["tokens"] = repr(steering.tokens)
     if steering.layer_config is not None:
         given["layer_config"] = repr(steering.layer_config)
+    if steering.when is not None:
+        given["when"] = repr(steering.when)
+    if steering.schedule is not None:
+        given["schedule"] = repr(steering.schedule)
     return given
-
-# %% ../../nbs/reference/steer/steering.ipynb #38fadc39
-def _layers_as_code(numbers: Sequence[int]) -> str:
-    "The index that chooses these layers of a vector: `[15]`, `[10:20]`, `[[1, 5]]`."
-    if len(numbers) == 1:
-        return f"[{numbers[0]}]"
-    if not numbers or numbers[0] < 0:
-        return f"[{list(numbers)}]"
-    first, last = numbers[0], numbers[-1]
-    return f"[{first}:{last + 1}]" if list(numbers) == list(range(first, last + 1)) else f"[{list(numbers)}]"
 
 # %% ../../nbs/reference/steer/steering.ipynb #4931274a
 def _as_code(steering: Steering) -> str:
@@ -198,21 +213,18 @@ def _record(steering: Steering, name: str) -> SteeringRecord:
         raise ValueError(
             "layer_config belongs to one model and is not written: leave it out, and say it where the steering is applied."
         )
-    m = steering.strength
-    multiplier = m if isinstance(m, float) else tuple(m.tolist())
+    if steering.when is not None:
+        raise ValueError(
+            "A gate holds a direction, which is not written as JSON: leave when= out, and say it where the steering is applied."
+        )
+    if isinstance(steering.multiplier, Mapping):
+        multiplier: Any = {n: _plain_number(m) for n, m in steering.strengths.items()}
+    else:
+        multiplier = _plain_number(steering.strength)
     layers = tuple(sorted(steering.layer_activations))
-    return SteeringRecord(name, layers, steering.operator, multiplier, steering.selection)
-
-# %% ../../nbs/reference/steer/steering.ipynb #40a9e082
-def _with_layers(vector: Any, record: SteeringRecord) -> Any:
-    "The vector with the layers that a record names; all where it names none."
-    have = vector if isinstance(vector, Mapping) else vector.layer_activations
-    if record.layers is None or set(record.layers) == set(have):
-        return vector
-    chosen = list(record.layers)
-    if missing := [n for n in chosen if n not in have]:
-        raise ValueError(f"The vector {record.vector!r} has no layer {missing[0]}: it has {_spans(have) or 'none'}.")
-    return {n: vector[n] for n in chosen} if isinstance(vector, Mapping) else vector[chosen]
+    return SteeringRecord(
+        name, layers, steering.operator, multiplier, as_selection(tokens=steering.tokens), steering.schedule
+    )
 
 # %% ../../nbs/reference/steer/steering.ipynb #366c2c04
 def _from_record(record: SteeringRecord, vectors: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,19 +232,32 @@ def _from_record(record: SteeringRecord, vectors: Mapping[str, Any]) -> dict[str
     if record.vector not in vectors:
         raise ValueError(f"There is no vector {record.vector!r}: there are {', '.join(map(repr, vectors)) or 'none'}.")
     vector = _with_layers(vectors[record.vector], record)
-    multiplier = list(record.multiplier) if isinstance(record.multiplier, tuple) else record.multiplier
-    return {"vector": vector, "operator": record.operator, "multiplier": multiplier, "tokens": record.tokens}
+    written = record.multiplier
+    multiplier: Any = list(written) if isinstance(written, tuple) else written
+    if isinstance(written, Mapping):
+        multiplier = {n: list(m) if isinstance(m, tuple) else m for n, m in written.items()}
+    given = {"vector": vector, "operator": record.operator, "multiplier": multiplier, "tokens": record.tokens}
+    return given | {"schedule": record.schedule}
 
 # %% ../../nbs/reference/steer/steering.ipynb #3b19b91f
 def _hooks_for(
-    model: nn.Module, edits: Mapping[str, LayerEdit], tracker: PassTracker | None
+    model: nn.Module,
+    edits: Mapping[str, LayerEdit],
+    tracker: PassTracker | None,
+    keeper: GateKeeper | None = None,
+    scope: ThreadScope | None = None,
 ) -> list[Attachment]:  # in the order of attaching; edits come off before the tracker that they ask
     "The hooks of the edits, by the names of their modules, what watches that they run, and the tracker."
     if not edits:
         return []
-    hooks = {name: HookHandle(model.get_submodule(name), edit, "edits") for name, edit in edits.items()}
+    limit = (lambda edit: edit) if scope is None else scope.limited
+    hooks = {name: HookHandle(model.get_submodule(name), limit(edit), "edits") for name, edit in edits.items()}
     watch = RunWatch(unwrap(model)[0], hooks, modules_around(model, hooks))
-    return [*([tracker] if tracker is not None else []), watch, *hooks.values()]
+    readers = (
+        [] if keeper is None else gate_readers(model, keeper, limit)
+    )  # before the edits: they read what is not steered yet
+    begun = [part for part in (scope, tracker) if part is not None]
+    return [*begun, watch, *readers, *hooks.values()]
 
 # %% ../../nbs/reference/steer/steering.ipynb #1cf5179e
 class SteeringPatchHandle(AttachmentGroup):
@@ -248,10 +273,19 @@ class SteeringPatchHandle(AttachmentGroup):
         edits: Mapping[int, LayerEdit],  # layer number to what happens there; empty where the multiplier is 0
         tracker: PassTracker | None = None,  # knows where a pass stands; None if every token is meant
         prompt: PromptLayout | None = None,  # what `prompt=` gave
+        keeper: GateKeeper | None = None,  # knows which rows are open; None if all are
+        scope: ThreadScope | None = None,  # whose passes are steered; None: those of every thread
     ):
         self.model, self.steering, self.prompt = model, steering, prompt
-        self.modules, self.edits, self.tracker = dict(modules), dict(edits), tracker
-        self.parts = _hooks_for(model, {modules[n]: edit for n, edit in edits.items()}, tracker)
+        self.modules, self.edits, self.tracker, self.keeper = dict(modules), dict(edits), tracker, keeper
+        self.parts = _hooks_for(model, {modules[n]: edit for n, edit in edits.items()}, tracker, keeper, scope)
+
+    @property
+    def decisions(self) -> Decisions:
+        "Which rows of the last batch were steered. Raises ValueError without `when=`, and before a prompt was read."
+        if self.keeper is None:
+            raise ValueError("This steering has no gate, so nothing is decided: pass when=.")
+        return self.keeper.decisions
 
     def __call__(self, function: F) -> F:
         "Decorate a function: the model is steered while it runs. Raises TypeError for one whose code runs later."
@@ -270,18 +304,34 @@ class SteeringPatchHandle(AttachmentGroup):
 def _summary(handle: SteeringPatchHandle) -> str:
     "One sentence: what, where, which tokens, and whether it is on."
     steering, modules = handle.steering, list(handle.modules.values())
-    m = steering.strength
-    times = f"{m:g}" if isinstance(m, float) else f"[{', '.join(f'{x:g}' for x in m.tolist())}] by row"
+    m = None if isinstance(steering.multiplier, Mapping) else steering.strength
+    times = f"{m:g}" if isinstance(m, float) else _settings(steering).get("multiplier", "1")
+    times += " by row" if isinstance(m, Tensor) else ""
+    times += "" if steering.schedule is None else f" × {steering.schedule!r}"
     where = f"{len(modules)} layers, {modules[0]} to {modules[-1]}" if len(modules) > 2 else ", ".join(modules)
-    which = "every token" if steering.tokens is None else repr(steering.tokens)
+    which = "every token" if steering.selection is None else repr(steering.selection)
     state = "attached" if handle.attached else "not attached"
+    which = which if steering.when is None else f"{which}, when {steering.when!r}"
     idle = "" if handle.edits else " (multiplier 0: nothing is edited)"
     return f"{steering.operator!r} × {times} at {where} ({steering.layer_type}), {which}; {state}{idle}"
 
+# %% ../../nbs/reference/steer/steering.ipynb #98f5dfcf
+def _keeper_for(
+    steering: Steering, model: nn.Module, numbers: Sequence[int], tracker: PassTracker | None
+) -> GateKeeper | None:
+    "What decides for which rows this steering is meant; None where it is meant for all."
+    if steering.when is None or tracker is None:
+        return None
+    names = gate_modules(model, steering.when, numbers, steering.layer_type, steering.layer_config)
+    return GateKeeper(steering.when, tracker, names)
+
 # %% ../../nbs/reference/steer/steering.ipynb #4669ab28
-def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> SteeringPatchHandle:
+def _checked_handle(
+    steering: Steering, model: nn.Module, prompt: Any, scope: ThreadScope | None
+) -> SteeringPatchHandle:
     "Check everything, touch nothing."
-    vectors, selection, m = steering.layer_activations, steering.selection, steering.strength
+    vectors, selection = steering.layer_activations, steering.selection
+    strengths = list(steering.strengths.values())
     if not vectors:
         raise ValueError("The vector has no layers, so there is nothing to steer.")
     found = resolve_layers(model, steering.layer_type, steering.layer_config)
@@ -291,9 +341,13 @@ def _checked_handle(steering: Steering, model: nn.Module, prompt: Any) -> Steeri
         _check_width(model, n, v)
     layout = None if prompt is None else PromptLayout.of(prompt)
     _check_reach(selection, layout)
-    everywhere_alike = selection is None and isinstance(m, float)
-    tracker = None if everywhere_alike else PassTracker(model, layout if selection is not None else None)
+    one_number = all(isinstance(m, float) for m in strengths)
+    everywhere_alike = selection is None and one_number and steering.when is None
+    tracker = None if everywhere_alike else PassTracker(model, layout if selection is not None else None, scope)
+    keeper = _keeper_for(steering, model, numbers, tracker)
+    how = selection, tracker, keeper, steering.schedule
     edits: dict[int, LayerEdit] = {}
-    if m != 0 if isinstance(m, float) else bool(m.any()):
-        edits = {n: LayerEdit(found[n], v, steering.operator, m, selection, tracker) for n, v in by_number.items()}
-    return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, layout)
+    for (n, v), m in zip(by_number.items(), strengths, strict=True):
+        if m != 0 if isinstance(m, float) else bool(m.any()):
+            edits[n] = LayerEdit(found[n], v, steering.operator, m, *how)
+    return SteeringPatchHandle(model, steering, {n: found[n] for n in numbers}, edits, tracker, layout, keeper, scope)

@@ -17,15 +17,18 @@ __all__ = ['SteeringVector']
 
 # %% ../../nbs/reference/vectors/vector.ipynb #62f99d48
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..model.families import LayerType, ModelLayerConfig, check_layer_type
+from ..steer.edits import Multiplier
+from ..steer.gates import Condition
 from ..steer.operators import PatchDeltaOperator, addition_operator
 from ..steer.steering import Steering, SteeringPatchHandle
+from ..steer.strengths import Schedule
 from ..steer.tokens import Tokens, as_selection
 from .algebra import _is_number, added, cosines, normalized, scaled_by
 from .baking import bake
@@ -69,43 +72,57 @@ class SteeringVector:
     def steering(
         self,
         operator: PatchDeltaOperator | None = None,  # what to do with the vector; None: add it
-        multiplier: float | Sequence[float] | Tensor = 1.0,  # how strongly; a number, or one per row of the batch
+        multiplier: Multiplier
+        | Mapping[int, Multiplier] = 1.0,  # how strongly; a number, or one per row, or these by layer
         tokens: Tokens | Sequence[int] | slice | Tensor | None = None,  # which tokens; None: every token
         layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
+        when: Condition | None = None,  # for which prompts: a gate, or gates combined by ~ & |; None: for all
+        schedule: Schedule | None = None,  # a factor for each token of the response, as decay(16); None: 1
     ) -> Steering:  # a value: `.apply(model)` attaches it, and every measure takes it
         "How to steer with this vector."
-        return Steering(self, operator or addition_operator(), multiplier, tokens, layer_config)
+        return Steering(self, operator or addition_operator(), multiplier, tokens, layer_config, when, schedule)
 
     def apply(
         self,
         model: nn.Module,  # not changed; steered while the context is open
         layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
         operator: PatchDeltaOperator | None = None,  # what to do with the vector; None: add it
-        multiplier: float | Sequence[float] | Tensor = 1.0,  # how strongly; a number, or one a row of the batch
+        multiplier: Multiplier
+        | Mapping[int, Multiplier] = 1.0,  # how strongly; a number, or one per row, or these by layer
         min_token_index: int | None = None,  # steer this column and all later ones
         token_indices: Sequence[int] | slice | Tensor | None = None,  # columns, or a 0/1 mask of shape (s,) or (b, s)
         tokens: Tokens | Sequence[int] | slice | Tensor | None = None,  # such as Tokens.response, or any of the above
         prompt: Any = None,  # the ids given to the model, where the prompt's end must be known
+        when: Condition | None = None,  # for which prompts: a gate, or gates combined by ~ & |; None: for all
+        schedule: Schedule | None = None,  # a factor for each token of the response, as decay(16); None: 1
+        this_thread_only: bool = False,  # steer only passes of the thread that attaches it
     ) -> SteeringPatchHandle:  # checked, not attached; use it in a `with` statement
         """Steer `model` while a `with` block is open; addition is Turner et al. 2023, arXiv:2308.10248.
         Raises ValueError or TypeError: a layer does not exist, or something does not fit; nothing is attached then."""
         selection = as_selection(min_token_index, token_indices, tokens)
-        return self.steering(operator, multiplier, selection, layer_config).apply(model, prompt)
+        return self.steering(operator, multiplier, selection, layer_config, when, schedule).apply(
+            model, prompt, this_thread_only
+        )
 
     def patch_activations(
         self,
         model: nn.Module,  # steered until the handle is removed
         layer_config: ModelLayerConfig | None = None,  # as in `apply`, like all that follow
         operator: PatchDeltaOperator | None = None,
-        multiplier: float | Sequence[float] | Tensor = 1.0,
+        multiplier: Multiplier | Mapping[int, Multiplier] = 1.0,
         min_token_index: int | None = None,
         token_indices: Sequence[int] | slice | Tensor | None = None,
         tokens: Tokens | Sequence[int] | slice | Tensor | None = None,
         prompt: Any = None,
+        when: Condition | None = None,
+        schedule: Schedule | None = None,
+        this_thread_only: bool = False,
     ) -> SteeringPatchHandle:  # attached; call its `remove()` when done
         "Steer `model` from now on, until the handle is removed. Raises as `apply` does."
         positions = min_token_index, token_indices, tokens
-        return self.apply(model, layer_config, operator, multiplier, *positions, prompt).attach()
+        return self.apply(
+            model, layer_config, operator, multiplier, *positions, prompt, when, schedule, this_thread_only
+        ).attach()
 
     patch = patch_activations
 
