@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..numbers import is_bool, whole_number
 from .regions import marker_ids
+from .turns import turn_markers
 from .selections import Columns, Need, Node, Sign, _Ids, _Joined, _Part, _Region, _bounds, _leaves
 
 # %% auto #0
@@ -63,6 +64,13 @@ class Tokens:
     ) -> Tokens:
         "The tokens behind each opening marker, until a closing one is complete. Raises ValueError where both are the same."
         return Tokens(_between(marker_ids(opening, tokenizer), marker_ids(closing, tokenizer)))
+
+    @staticmethod
+    def turns(role: str, tokenizer: Any, header: bool = False, **template: Any) -> Tokens:
+        "What a role writes in a conversation; with `header`, also the token before, whose pass decides the first of them."
+        opening, closing = turn_markers(tokenizer, role, **template)
+        turns = Tokens.between(opening, closing)
+        return Tokens.at(opening) | turns if header else turns
 
     def __getitem__(self, index: Any) -> Tokens:
         "Narrow one part in each row's own numbering, or choose columns."
