@@ -93,7 +93,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(number for number, token in more if token.special)}
 
 # %% ../../nbs/reference/steer/turns.ipynb #0c6e260d
-def _header(gaps: list[list[int]], role: str, special: set[int]) -> list[int]:
+def _turn_header(gaps: list[list[int]], role: str, special: set[int]) -> list[int]:
     "The ids that open a turn of a role; empty where there are none that only this role has."
     own, others = (gaps[1:4:2], gaps[2:3]) if role == "assistant" else (gaps[2:3], gaps[1:4:2])
     header = _shared(own)
@@ -106,7 +106,7 @@ def _header(gaps: list[list[int]], role: str, special: set[int]) -> list[int]:
     return header[begin:] if differs < len(header) else []
 
 # %% ../../nbs/reference/steer/turns.ipynb #c1fbbdaf
-def _ending(gaps: list[list[int]], role: str, special: set[int]) -> list[int]:
+def _turn_ending(gaps: list[list[int]], role: str, special: set[int]) -> list[int]:
     "The ids that close a turn of a role."
     behind = gaps[1:4:2] if role == "user" else [gap for gap in (gaps[2], gaps[4]) if gap]
     shared = _shared(behind)
@@ -136,7 +136,7 @@ def turn_markers(
         )
     special, shown = _special_ids(tokenizer), [rendered_turns(tokenizer, probe, **template) for probe in PROBES]
     gaps = _gaps(shown[0])
-    opening, closing = _header(gaps, role, special), _ending(gaps, role, special)
+    opening, closing = _turn_header(gaps, role, special), _turn_ending(gaps, role, special)
     region = _Region("between", tuple(opening), tuple(closing))
     if not opening or not closing or opening == closing or not all(_holds(region, each, role) for each in shown):
         raise ValueError(
