@@ -59,6 +59,9 @@ from .evaluate.effects import Effect as Effect
 from .evaluate.geometry import Similarity as Similarity
 from .evaluate.projections import Projections as Projections
 from .evaluate.projections import ProjectionSet as ProjectionSet
+from .evaluate.monitors import auroc as auroc
+from .evaluate.monitors import monitor as monitor
+from .evaluate.monitors import Replies as Replies
 from .evaluate.results import TokenValues as TokenValues
 from .train.prompts import prompt_ids as prompt_ids
 from .display.plots import plot_effect as plot_effect
