@@ -70,6 +70,7 @@ from .display.plots import plot_shift as plot_shift
 from .display.plots import plot_similarity as plot_similarity
 from .display.plots import plot_tokens as plot_tokens
 from .display.plots import plot_projections as plot_projections
+from .display.plots import plot_replies as plot_replies
 from .display.plots import plot_norms as plot_norms
 from .display.plots import plot_contrast as plot_contrast
 from .display.controls import Control as Control
