@@ -33,6 +33,7 @@ from .train.extraction import extract_activations as extract_activations
 from .steer.operators import ablation_operator as ablation_operator
 from .steer.operators import addition_operator as addition_operator
 from .steer.operators import ablation_then_addition_operator as ablation_then_addition_operator
+from .steer.operators import subspace_ablation_operator as subspace_ablation_operator
 
 # The others, from the tokens to the controls.
 from .train.aggregators import AccumulatingAggregator as AccumulatingAggregator
@@ -69,6 +70,9 @@ from .train.damage import own_answers as own_answers
 from .evaluate.geometry import Similarity as Similarity
 from .evaluate.projections import Projections as Projections
 from .evaluate.projections import ProjectionSet as ProjectionSet
+from .evaluate.monitors import auroc as auroc
+from .evaluate.monitors import monitor as monitor
+from .evaluate.monitors import Replies as Replies
 from .evaluate.results import TokenValues as TokenValues
 from .train.prompts import prompt_ids as prompt_ids
 from .display.plots import plot_effect as plot_effect
@@ -77,6 +81,7 @@ from .display.plots import plot_shift as plot_shift
 from .display.plots import plot_similarity as plot_similarity
 from .display.plots import plot_tokens as plot_tokens
 from .display.plots import plot_projections as plot_projections
+from .display.plots import plot_replies as plot_replies
 from .display.plots import plot_norms as plot_norms
 from .display.plots import plot_contrast as plot_contrast
 from .display.controls import Control as Control

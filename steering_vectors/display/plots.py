@@ -3,9 +3,9 @@
 The functions whose names begin with `plot_` draw what the measures return, and compute nothing
 themselves beyond an average: `plot_effect` and `plot_layers` an `Effect`, `plot_shift` a
 `TokenShift`, `plot_similarity` a `Similarity`, `plot_tokens` and `plot_projections` the projections
-of texts, `plot_norms` and `plot_contrast` where a vector comes from. Each takes an `ax` to draw on,
-makes one if there is none, and returns it, so pictures combine as matplotlib's own do:
-`plot_effect(effect, ax=axes[0]).set_title("joy")`.
+of texts, `plot_replies` those of a conversation, `plot_norms` and `plot_contrast` where a vector
+comes from. Each takes an `ax` to draw on, makes one if there is none, and returns it, so pictures
+combine as matplotlib's own do: `plot_effect(effect, ax=axes[0]).set_title("joy")`.
 
 Axes carry their units. Colours are those of Okabe and Ito, which readers who see colours
 differently can tell apart; where a colour carries meaning, a marker or a place carries it too.
@@ -19,7 +19,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/display/plots.html
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'RED', 'GREEN', 'SKY', 'GREY', 'plot_effect', 'plot_layers', 'plot_shift', 'plot_similarity',
-           'plot_tokens', 'plot_projections', 'plot_norms', 'plot_contrast']
+           'plot_tokens', 'plot_projections', 'plot_replies', 'plot_norms', 'plot_contrast']
 
 # %% ../../nbs/reference/display/plots.ipynb #aa4bb8b2
 from collections.abc import Mapping
@@ -31,6 +31,7 @@ from torch import Tensor
 from ..evaluate.arguments import check_vector, from_front
 from ..evaluate.effects import Effect
 from ..evaluate.geometry import Similarity
+from ..evaluate.monitors import Replies
 from ..evaluate.projections import ProjectionSet, Projections
 from ..evaluate.results import TokenValues
 from ..evaluate.shifts import TokenShift
@@ -228,6 +229,25 @@ def plot_projections(
     ax.set(xlabel="layer", ylabel="mean projection\n(activation units)")
     if len(named) > 1:
         ax.legend(frameon=False)
+    return ax
+
+# %% ../../nbs/reference/display/plots.ipynb #dd29a285
+def plot_replies(
+    replies: Replies,  # of `monitor`
+    layer: int | None = None,  # one that was measured; None: the last of them
+    ax: "Axes | None" = None,
+) -> "Axes":
+    "Draw how far each reply of a conversation leans. Raises ValueError for a layer that was not measured."
+    number = replies.layers[-1] if layer is None else layer
+    if number not in replies.layers:
+        raise ValueError(f"Layer {layer} was not measured: there are {', '.join(map(str, replies.layers))}.")
+    ax, values = _sheet(ax), replies.values[:, replies.layers.index(number)].tolist()
+    if replies.scaled:
+        ax.axhspan(-2, 2, color=GREY, alpha=0.15, linewidth=0)
+    ax.plot(range(len(values)), values, "o-", color=BLUE, linewidth=2)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    unit = "standard deviations\nof ordinary replies" if replies.scaled else "mean projection\n(activation units)"
+    ax.set(xlabel=f"reply (layer {number})", ylabel=unit, xticks=range(len(values)))
     return ax
 
 # %% ../../nbs/reference/display/plots.ipynb #f53688ad

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..numbers import CPU, is_bool
 
 # %% auto #0
-__all__ = ['Layout', 'numbering', 'prompt_tokens', 'PromptLayout']
+__all__ = ['Layout', 'numbering', 'prompt_tokens', 'whole_text', 'PromptLayout']
 
 # %% ../../nbs/reference/steer/layouts.ipynb #b1410fbc
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Layout:
     prompt_lengths: Tensor | None = None  # (b,) tokens of each row's prompt; None: all of `prompt_columns` but padding
     is_token: Tensor | None = None  # (b, columns) False at padding; later columns are tokens; None: no padding
     ids: Tensor | None = None  # (b, s) token ids of this pass
+    before: Tensor | None = None  # (b, start) token ids of the columns before this pass
     device: torch.device = field(default=CPU)  # where masks are wanted
 
     @property
@@ -77,6 +78,25 @@ def prompt_tokens(
         return torch.full((1, 1), columns, device=layout.device)
     beyond = max(columns - layout.is_token.shape[1], 0)  # columns that no mask has covered yet
     return layout.is_token[:, :columns].to(layout.device).sum(1, keepdim=True) + beyond
+
+# %% ../../nbs/reference/steer/layouts.ipynb #17386bcb
+def whole_text(
+    layout: Layout,
+) -> Layout:  # of all columns up to the end of the pass
+    "The text so far as one pass. Raises ValueError where the ids of some column are not known."
+    if layout.ids is None:
+        raise ValueError(
+            "Token ids are needed to find a marker, and this pass has none (it was given embeddings). Choose tokens by place instead."
+        )
+    ids = layout.ids.to(layout.device)
+    if isinstance(layout.start, int) and layout.start == 0:
+        return replace(layout, ids=ids)
+    if layout.before is None:
+        raise ValueError(
+            "Which tokens came before this pass is not known here, so a marker among them cannot be found."
+        )
+    ids = torch.cat([layout.before.to(layout.device), ids], 1)
+    return replace(layout, start=0, length=ids.shape[1], ids=ids, before=None)
 
 # %% ../../nbs/reference/steer/layouts.ipynb #a48a0fe4
 def _rows(given: Any) -> list[Tensor]:

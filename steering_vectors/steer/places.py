@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ..numbers import CPU
 from .layouts import Layout, numbering, prompt_tokens
-from .selections import Columns, Node, _Ids, _Part
+from .regions import region_mask
+from .selections import Columns, Node, _Ids, _Part, _Region
 from .tokens import Tokens, as_selection
 
 # %% auto #0
@@ -53,6 +54,8 @@ def _chosen(node: Node, layout: Layout) -> Chosen:
         return _chosen_part(node, layout)
     if isinstance(node, Columns):
         return _chosen_columns(node.index, layout)
+    if isinstance(node, _Region):
+        return lambda: _region_places(node, layout)
     if isinstance(node, _Ids):
         return lambda: _ids_mask(node.ids, layout)
     answers = [_chosen(inner, layout) for inner in node.nodes]
@@ -225,6 +228,12 @@ def _ids_mask(ids: tuple[int, ...], layout: Layout) -> Tensor:
             "place instead."
         )
     return torch.isin(layout.ids.to(layout.device), torch.tensor(ids, device=layout.device))
+
+# %% ../../nbs/reference/steer/places.ipynb #f9f82e16
+def _region_places(node: _Region, layout: Layout) -> Tensor:
+    "Which tokens of the pass lie in a region and are among those that it is narrowed to, (b, s)."
+    inside, number = region_mask(node, layout)
+    return inside & _in_slice(number, *node.slice)
 
 # %% ../../nbs/reference/steer/places.ipynb #12ef6846
 def one_row(

@@ -38,6 +38,7 @@ from .caches import returned, unknown_states
 from .calls import CacheFacts, CacheMemory, Call, CallArguments, LastPass
 from .endings import _added_columns, _check_mask, _check_one_sequence, _check_prompt, _front_of
 from .endings import _moved_behind, _prompt_columns
+from .histories import ids_before, keep_ids, note_moved_rows
 from .layouts import Layout, PromptLayout
 from .padding import _check_rows, _tokens_from_lengths
 from .places import select
@@ -95,7 +96,8 @@ def _layout_of(call: Call, tracker: "PassTracker", selection: Tokens, device: to
     if selection.needs_padding:
         _check_padding_readable(call, prompt)
         tracker.warn(_check_rows(call, prompt, selection, columns, tracker.pad))
-    return Layout(call.start, call.batch, call.length, columns, lengths, is_token, call.ids, device)
+    before = ids_before(call, prompt) if selection.needs_history else None
+    return Layout(call.start, call.batch, call.length, columns, lengths, is_token, call.ids, before, device)
 
 # %% ../../nbs/reference/steer/positions.ipynb #fa41b528
 def _holder_of(model: nn.Module) -> nn.Module:
@@ -173,6 +175,7 @@ def _remember(call: Call, output: Any, memory: CacheMemory) -> LastPass | None:
     caches = [call.cache, call.prefix_cache, made[1] if made is not None else None]
     facts = _facts_after(call)
     if facts is not None:
+        keep_ids(call, facts, made[1] if made is not None else call.cache)
         for cache in {id(c): c for c in caches if c is not None}.values():
             memory.put(cache, facts)
     if made is not None or call.cache is not None:
@@ -244,6 +247,7 @@ class PassTracker(ModuleHooks):
         outer, self.local.outer = self.local.outer, {}  # an interrupt skips the hooks that end a call
         inner = named_arguments(module, args, kwargs)
         self.local.call = read_call(inner, outer, self.memory, prompt_adapter(self.wrapped), self.local.last)
+        note_moved_rows(self.local.call)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.local.call is not None:

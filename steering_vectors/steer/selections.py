@@ -22,7 +22,7 @@ from torch import Tensor
 from ..numbers import whole_number
 
 # %% auto #0
-__all__ = ['Part', 'Need', 'Sign', 'Leaf', 'Node', 'Columns']
+__all__ = ['Part', 'Need', 'Index', 'Sign', 'Leaf', 'Node', 'Columns']
 
 # %% ../../nbs/reference/steer/selections.ipynb #775f6685
 def _bounds(cut: slice) -> tuple[int | None, int | None, int | None]:
@@ -34,7 +34,23 @@ def _bounds(cut: slice) -> tuple[int | None, int | None, int | None]:
 
 # %% ../../nbs/reference/steer/selections.ipynb #e842bcf2
 Part = Literal["all", "prompt", "generated", "response"]
-Need = Literal["prompt", "padding", "ids"]
+Need = Literal["prompt", "padding", "ids", "history"]
+
+# %% ../../nbs/reference/steer/selections.ipynb #0256d494
+Index = int | tuple[int | None, int | None, int | None] | None
+
+# %% ../../nbs/reference/steer/selections.ipynb #4234710d
+def _limits(index: Index) -> tuple[int, int | None, int]:
+    "First, past-the-last and step of what stands in brackets."
+    if isinstance(index, int):
+        return index, (index + 1) or None, 1
+    start, stop, step = index or (None, None, None)
+    return start or 0, stop, step or 1
+
+# %% ../../nbs/reference/steer/selections.ipynb #a19bb914
+def _in_brackets(index: Index) -> str:
+    "The brackets behind a part, as they are written."
+    return "" if index is None else f"[{index if isinstance(index, int) else _written(*index)}]"
 
 # %% ../../nbs/reference/steer/selections.ipynb #441db88a
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class _Part:
     "One part of a sequence, perhaps narrowed by a number or a slice."
 
     part: Part
-    index: int | tuple[int | None, int | None, int | None] | None = None
+    index: Index = None
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -56,15 +72,10 @@ class _Part:
     @property
     def slice(self) -> tuple[int, int | None, int]:
         "First, past-the-last and step; negative numbers count from the end of the prompt."
-        if isinstance(self.index, int):
-            return self.index, (self.index + 1) or None, 1
-        start, stop, step = self.index or (None, None, None)
-        return start or 0, stop, step or 1
+        return _limits(self.index)
 
     def __repr__(self) -> str:
-        if self.index is None:
-            return f"Tokens.{self.part}"
-        return f"Tokens.{self.part}[{self.index if isinstance(self.index, int) else _written(*self.index)}]"
+        return f"Tokens.{self.part}{_in_brackets(self.index)}"
 
 # %% ../../nbs/reference/steer/selections.ipynb #bce32ccc
 def _written(start: int | None, stop: int | None, step: int | None) -> str:
@@ -122,6 +133,31 @@ class _Ids:
     def __repr__(self) -> str:
         return repr(list(self.ids))
 
+# %% ../../nbs/reference/steer/selections.ipynb #f17defe2
+@dataclass(frozen=True)
+class _Region:
+    "The tokens at a marker, after it, or between two; perhaps narrowed by a number or a slice."
+
+    kind: Literal["at", "after", "between"]
+    opening: tuple[int, ...]
+    closing: tuple[int, ...] = ()
+    index: Index = None
+    needs: ClassVar[tuple[Need, ...]] = ("padding", "ids", "history")
+
+    @property
+    def counts(self) -> bool:
+        "Whether tokens of a row are counted to know which are meant."
+        return self.index is not None
+
+    @property
+    def slice(self) -> tuple[int, int | None, int]:
+        "First, past-the-last and step of the tokens that are chosen within the region."
+        return _limits(self.index)
+
+    def __repr__(self) -> str:
+        markers = [list(self.opening), list(self.closing)] if self.closing else [list(self.opening)]
+        return f"Tokens.{self.kind}({', '.join(map(str, markers))}){_in_brackets(self.index)}"
+
 # %% ../../nbs/reference/steer/selections.ipynb #51ffca31
 Sign = Literal["|", "&", "-"]
 
@@ -137,7 +173,7 @@ class _Joined:
         return f" {self.sign} ".join(f"({n!r})" if isinstance(n, _Joined) else repr(n) for n in self.nodes)
 
 # %% ../../nbs/reference/steer/selections.ipynb #786ad916
-Leaf = _Part | Columns | _Ids
+Leaf = _Part | Columns | _Ids | _Region
 Node = Leaf | _Joined
 
 # %% ../../nbs/reference/steer/selections.ipynb #f1a848c6

@@ -19,7 +19,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/steer/tokens.html
 from __future__ import annotations  # noqa: F404
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from ..numbers import is_bool, whole_number
-from .selections import Columns, Need, Node, Sign, _Ids, _Joined, _Part, _bounds, _leaves
+from .regions import marker_ids
+from .turns import turn_markers
+from .selections import Columns, Need, Node, Sign, _Ids, _Joined, _Part, _Region, _bounds, _leaves
 
 # %% auto #0
 __all__ = ['Tokens', 'as_selection']
@@ -45,6 +47,30 @@ class Tokens:
     response: ClassVar[Tokens]  # the last prompt token and all generated: every pass that decides a generated token
     columns: ClassVar[Tokens]  # every column, padding included
     __array_ufunc__: ClassVar[None] = None  # an array on the left leaves the sign to us
+
+    @staticmethod
+    def at(marker: int | Sequence[int] | str, tokenizer: Any = None) -> Tokens:
+        "The tokens at which a marker is complete: one id, several in a row, or text with its tokenizer."
+        return Tokens(_Region("at", marker_ids(marker, tokenizer)))
+
+    @staticmethod
+    def after(marker: int | Sequence[int] | str, tokenizer: Any = None) -> Tokens:
+        "Every token behind the first occurrence of a marker."
+        return Tokens(_Region("after", marker_ids(marker, tokenizer)))
+
+    @staticmethod
+    def between(
+        opening: int | Sequence[int] | str, closing: int | Sequence[int] | str, tokenizer: Any = None
+    ) -> Tokens:
+        "The tokens behind each opening marker, until a closing one is complete. Raises ValueError where both are the same."
+        return Tokens(_between(marker_ids(opening, tokenizer), marker_ids(closing, tokenizer)))
+
+    @staticmethod
+    def turns(role: str, tokenizer: Any, header: bool = False, **template: Any) -> Tokens:
+        "What a role writes in a conversation; with `header`, also the token before, whose pass decides the first of them."
+        opening, closing = turn_markers(tokenizer, role, **template)
+        turns = Tokens.between(opening, closing)
+        return Tokens.at(opening) | turns if header else turns
 
     def __getitem__(self, index: Any) -> Tokens:
         "Narrow one part in each row's own numbering, or choose columns."
@@ -107,9 +133,14 @@ class Tokens:
         return self._has_need("ids")
 
     @property
+    def needs_history(self) -> bool:
+        "Whether the ids before the pass must be known, from the first on."
+        return self._has_need("history")
+
+    @property
     def counts_tokens(self) -> bool:
         "Whether tokens of a row are counted to know which are meant, so that a pad must not be taken for one."
-        return any(isinstance(leaf, _Part) and leaf.counts for leaf in _leaves(self.node))
+        return any(isinstance(leaf, (_Part, _Region)) and leaf.counts for leaf in _leaves(self.node))
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
@@ -162,7 +193,7 @@ def _narrowed(node: Node, index: Any) -> Node:
     "A part or the columns, narrowed by `index`, or an error that explains why they cannot be."
     if node == Columns(slice(None)):
         return _columns(_as_list(index))
-    if not isinstance(node, _Part) or node.index is not None:
+    if not isinstance(node, (_Part, _Region)) or node.index is not None:
         raise ValueError(f"Only one part can be narrowed, and once: Tokens.prompt[-4:], not ({node!r})[...].")
     try:
         bounds = _bounds(index) if isinstance(index, slice) else whole_number(index)
@@ -170,7 +201,7 @@ def _narrowed(node: Node, index: Any) -> Node:
         raise TypeError(f"Index {node!r} with a number or a slice, not {index!r}.") from None
     narrowed = replace(node, index=bounds)
     numbers = bounds if isinstance(bounds, tuple) else (bounds,)
-    if node.part != "prompt" and any(n is not None and n < 0 for n in numbers):
+    if getattr(node, "part", None) != "prompt" and any(n is not None and n < 0 for n in numbers):
         raise ValueError(
             f"{narrowed!r} counts from an end that is still being written. Count from the beginning, or use Tokens.prompt, "
             "whose end is known."
@@ -210,6 +241,15 @@ def _token_ids(operand: Any) -> tuple[int, ...]:
             "Numbers after - are token ids, and these are only 0 and 1. For a mask pass bools: mask.bool()."
         )
     return tuple(sorted(set(ids)))
+
+# %% ../../nbs/reference/steer/tokens.ipynb #f8a54405
+def _between(opening: tuple[int, ...], closing: tuple[int, ...]) -> _Region:
+    "The region between two markers that can be told apart."
+    if opening == closing:
+        raise ValueError(
+            f"{list(opening)} cannot both open and close: give two different markers, or Tokens.after({list(opening)})."
+        )
+    return _Region("between", opening, closing)
 
 # %% ../../nbs/reference/steer/tokens.ipynb #f8984931
 def as_selection(

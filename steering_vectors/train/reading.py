@@ -206,12 +206,12 @@ class Tokenized:
 
     def _selected(self, read: Tokens) -> list[int]:
         found = selected_positions(read, self.ids, self.prompt if read.needs_prompt else 0, self.name)
-        if read.needs_prompt and len(self.ids) < len(self.whole):
-            in_whole = _positions(read, self.whole, self.prompts.length(self))
+        if (read.needs_prompt or read.needs_history) and len(self.ids) < len(self.whole):
+            in_whole = _positions(read, self.whole, self.prompts.length(self) if read.needs_prompt else 0)
             expected = [i - self.num_cut for i in in_whole]
             if [i for i in expected if 0 <= i < len(self.ids)] != found:
                 raise ValueError(
-                    f"{self.name} is cut to {len(self.ids)} of {len(self.whole)} tokens, and {read!r} counts from an end that was cut "
+                    f"{self.name} is cut to {len(self.ids)} of {len(self.whole)} tokens, and {read!r} depends on what was cut "
                     "off. Cut the other end, shorten the text, or leave the sample out."
                 )
         return found

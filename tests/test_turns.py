@@ -1,0 +1,129 @@
+"""The turns of a conversation: found in templates of several builds, steered under the law, and read in training."""
+
+from typing import Any
+
+import plain
+import pytest
+import torch
+
+from steering_vectors import SteeringVector
+from steering_vectors.demo import tiny_model, tiny_tokenizer
+from steering_vectors.steer.tokens import Tokens
+from steering_vectors.steer.turns import rendered_turns, turn_markers
+from steering_vectors.train.reading import encode_texts
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "<s>{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "<s>{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}</turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = "{% for m in messages %}### {{ m.role }}: {{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}### assistant: {% endif %}"
+SPECIAL = {
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
+    "llama3": (LLAMA3, ["<|start|>", "<|end|>", "<|eot|>"]),
+    "mistral": (MISTRAL, ["[INST]", "[/INST]"]),
+    "gemma": (GEMMA, ["<turn>", "</turn>"]),
+    "thinks": (THINKS, ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]),
+    "plain": (PLAIN, []),
+    "tiny": (None, []),
+}
+SAID = ["Who are you?", "A machine.", "And then?", "Then: 1, 2.", "Well", "Yes"]
+
+
+def tokenizer_of(kind: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    template, special = SPECIAL[kind]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return tokenizer
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_turns_of_other_conversations(kind: str, role: str) -> None:
+    "Every token of the role's contents and none of the other's, in a conversation that was not looked at."
+    tokenizer = tokenizer_of(kind)
+    shown = rendered_turns(tokenizer, SAID)
+    tokens = Tokens.turns(role, tokenizer)
+    read = encode_texts(tokenizer, [shown.ids], read=tokens)[0].read
+    own = [n for n, turn in enumerate(shown.turns) if turn is not None and turn % 2 == (role == "assistant")]
+    other = [n for n, turn in enumerate(shown.turns) if turn is not None and turn % 2 != (role == "assistant")]
+    assert set(own) <= set(read) and not set(other) & set(read) and own and other
+    if kind not in ("thinks", "gemma"):
+        assert read == own
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPECIAL if kind != "mistral"])
+def test_the_answer_to_come_is_a_turn(kind: str) -> None:
+    "The template's own header for the answer opens the region."
+    tokenizer = tokenizer_of(kind)
+    opening, _ = turn_markers(tokenizer)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tuple(ids[-len(opening) :]) == opening
+
+
+@pytest.mark.parametrize("header", [False, True], ids=["contents", "with headers"])
+@pytest.mark.parametrize("kind", ["tiny", "chatml", "mistral"])
+def test_history_and_answer_are_steered_alike_with_and_without_a_cache(kind: str, header: bool) -> None:
+    tokenizer = tokenizer_of(kind)
+    model = tiny_model("llama", num_layers=2)
+    model.resize_token_embeddings(128)
+    model = model.double()
+    g = torch.Generator().manual_seed(0)
+    vector = SteeringVector({0: torch.randn(model.config.hidden_size, generator=g, dtype=torch.float64)})
+    tokens = Tokens.turns("assistant", tokenizer, header=header)
+    first = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(first, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    end = torch.tensor([list(turn_markers(tokenizer)[1])])
+    more = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "So"}], tokenize=False, add_generation_prompt=True
+    )
+    more = tokenizer(more, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+
+    with vector.apply(model, tokens=tokens):
+        one = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        whole = torch.cat([one.sequences, end, more], 1)
+        two = model.generate(
+            whole, attention_mask=torch.ones_like(whole), past_key_values=one.past_key_values, **options
+        )
+    fresh = []
+    with vector.apply(model, tokens=tokens), torch.no_grad():
+        for t in range(5):
+            fresh.append(model(two.sequences[:, : whole.shape[1] + t], use_cache=False).logits[:, -1])
+    unsteered = [
+        model(two.sequences[:, : whole.shape[1] + t], use_cache=False).logits[:, -1].detach() for t in range(5)
+    ]
+    assert plain.far(torch.stack(two.logits), torch.stack(fresh)) < 2e-6
+    assert plain.far(torch.stack(fresh), torch.stack(unsteered)) > 1e-3
+
+
+def test_a_cut_marker_is_an_error() -> None:
+    "Cut from the left, the text no longer shows that it lies in a turn."
+    tokenizer = tiny_tokenizer()
+    shown = rendered_turns(tokenizer, SAID)
+    with pytest.raises(ValueError, match="cut"):
+        encode_texts(
+            tokenizer, [shown.ids], read=Tokens.turns("assistant", tokenizer), max_length=34, truncation="left"
+        )
