@@ -35,6 +35,7 @@ class CacheFacts:
     padding_known: bool = True  # whether a mask or positions showed the padding
     front: int = 0  # columns at its beginning that an adapter put there
     prefix: int = 0  # entries at its beginning that no block computed
+    gate: Any = None  # what gates have read of its prompts
     ids: Tensor | None = None  # (b, columns) token ids read so far, where a selection needs them
     storage: Any = None  # of its first states, weakly; another one after rows were moved
 
@@ -96,6 +97,7 @@ class Call:
     facts: CacheFacts | None = None  # what is known of that cache
     unknown_cache: str | None = None  # what shows that it continues something unknown
     added: int = 0  # columns that the model puts among its tokens by itself
+    gate: Any = None  # what gates have read of its prompts, this pass included
     rows_moved: bool = False  # whether the rows of its cache may have changed places since the last pass
     wants_ids: bool = False  # whether a selection needs the ids before
     before: Tensor | None = None  # (b, start) token ids of the columns before, once they were looked for

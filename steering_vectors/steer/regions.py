@@ -84,7 +84,7 @@ def _last(found: Tensor) -> Tensor:  # (b, n)
     return torch.where(found, columns, -1).cummax(1).values
 
 # %% ../../nbs/reference/steer/regions.ipynb #b5059757
-def _inside(node: _Region, ids: Tensor) -> Tensor:  # (b, n) bool
+def _inside_region(node: _Region, ids: Tensor) -> Tensor:  # (b, n) bool
     "Which tokens of rows without padding lie in a region."
     ends = marker_ends(ids, node.opening)
     if node.kind == "at":
@@ -109,10 +109,10 @@ def region_mask(
     "Which tokens of a pass lie in a region. Raises ValueError where the ids of the text so far are not known."
     whole, new = whole_text(layout), slice(-layout.length, None)
     if whole.ids is None or whole.is_token is None:
-        inside = _inside(node, whole.ids)  # type: ignore[arg-type]
+        inside = _inside_region(node, whole.ids)  # type: ignore[arg-type]
         return inside[:, new], _number_inside(node, inside)[:, new]
     number, is_token = (t.expand(len(whole.ids), -1) for t in numbering(whole))
     own = torch.full_like(torch.nn.functional.pad(whole.ids, (0, 1)), -1)  # one more column, for the padding
     own = own.scatter(1, torch.where(is_token, number, whole.length), whole.ids)[:, :-1]
-    inside, place = _inside(node, own), number.clamp(min=0)[:, new]
+    inside, place = _inside_region(node, own), number.clamp(min=0)[:, new]
     return inside.gather(1, place) & is_token[:, new], _number_inside(node, inside).gather(1, place)

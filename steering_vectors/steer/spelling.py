@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..model.layers import _spans
+from .operators import addition_operator
 from .records import SteeringRecord
 
 # %% ../../nbs/reference/steer/spelling.ipynb #8eb9a8da
@@ -61,3 +62,36 @@ def _product(one: float | Tensor, other: float | Tensor) -> float | Tensor:
             f"Both multipliers are given by row, {one.tolist()} and {other.tolist()}. Give one of them as a number."
         )
     return one * other
+
+# %% ../../nbs/reference/steer/spelling.ipynb #dc7d4b93
+def _settings(steering: Any) -> dict[str, str]:
+    "What differs from the usual, as code."
+    given: dict[str, str] = {}
+    if steering.operator != addition_operator():
+        given["operator"] = repr(steering.operator)
+    if isinstance(steering.multiplier, Mapping):
+        given["multiplier"] = f"{{{', '.join(f'{n}: {_number_as_code(m)}' for n, m in steering.strengths.items())}}}"
+    elif isinstance(steering.strength, Tensor) or steering.strength != 1.0:
+        given["multiplier"] = _number_as_code(steering.strength)
+    if steering.tokens is not None:
+        given["tokens"] = repr(steering.tokens)
+    if steering.layer_config is not None:
+        given["layer_config"] = repr(steering.layer_config)
+    if steering.when is not None:
+        given["when"] = repr(steering.when)
+    if steering.schedule is not None:
+        given["schedule"] = repr(steering.schedule)
+    return given
+
+# %% ../../nbs/reference/steer/spelling.ipynb #4931274a
+def _as_code(steering: Any) -> str:
+    "The line that makes this steering from a vector `v`."
+    settings = ", ".join(f"{name}={code}" for name, code in _settings(steering).items())
+    return f"v{_layers_as_code(sorted(steering.layer_activations))}.steering({settings})"
+
+# %% ../../nbs/reference/steer/spelling.ipynb #b66a74ae
+def _as_rows(steering: Any) -> list[list[str]]:
+    "The same as a table."
+    plain = {"operator": "addition_operator()", "multiplier": "1", "tokens": "every token"}
+    where = f"{_spans(steering.layer_activations)} ({steering.layer_type})"
+    return [["layers", where], *map(list, (plain | _settings(steering)).items())]

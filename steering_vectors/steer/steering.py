@@ -29,7 +29,7 @@ from ..model.attachments import Attachment, AttachmentGroup
 from ..model.blocks import unwrap
 from ..model.families import LayerType, ModelLayerConfig
 from ..model.hooks import HookHandle
-from ..model.layers import _spans, modules_around, resolve_layer_numbers, resolve_layers
+from ..model.layers import modules_around, resolve_layer_numbers, resolve_layers
 from ..model.runs import RunWatch
 from .additions import only_adds
 from .checks import _check_condition, _check_operator, _check_reach, _check_vector, _check_width
@@ -42,7 +42,7 @@ from .pictures import cells_as_html, cells_as_text, token_cells
 from .positions import PassTracker
 from .records import SteeringRecord, read_record, write_record
 from .scopes import ThreadScope
-from .spelling import _layers_as_code, _number_as_code, _plain_number, _product, _with_layers
+from .spelling import _as_code, _as_rows, _plain_number, _product, _settings, _with_layers
 from .strengths import Schedule, by_layer, largest_factor, within_response
 from .tokens import Tokens, as_selection
 from .verdicts import Decisions, GateKeeper, gate_modules, gate_readers, gated_selection
@@ -172,39 +172,6 @@ def as_steering(
 ) -> Steering:
     "A steering as it is; a vector as a steering that adds it once, at every token."
     return how if isinstance(how, Steering) else Steering(how)
-
-# %% ../../nbs/reference/steer/steering.ipynb #dc7d4b93
-def _settings(steering: Steering) -> dict[str, str]:
-    "What differs from the usual, as code."
-    given: dict[str, str] = {}
-    if steering.operator != addition_operator():
-        given["operator"] = repr(steering.operator)
-    if isinstance(steering.multiplier, Mapping):
-        given["multiplier"] = f"{{{', '.join(f'{n}: {_number_as_code(m)}' for n, m in steering.strengths.items())}}}"
-    elif isinstance(steering.strength, Tensor) or steering.strength != 1.0:
-        given["multiplier"] = _number_as_code(steering.strength)
-    if steering.tokens is not None:
-        given["tokens"] = repr(steering.tokens)
-    if steering.layer_config is not None:
-        given["layer_config"] = repr(steering.layer_config)
-    if steering.when is not None:
-        given["when"] = repr(steering.when)
-    if steering.schedule is not None:
-        given["schedule"] = repr(steering.schedule)
-    return given
-
-# %% ../../nbs/reference/steer/steering.ipynb #4931274a
-def _as_code(steering: Steering) -> str:
-    "The line that makes this steering from a vector `v`."
-    settings = ", ".join(f"{name}={code}" for name, code in _settings(steering).items())
-    return f"v{_layers_as_code(sorted(steering.layer_activations))}.steering({settings})"
-
-# %% ../../nbs/reference/steer/steering.ipynb #b66a74ae
-def _as_rows(steering: Steering) -> list[list[str]]:
-    "The same as a table."
-    plain = {"operator": "addition_operator()", "multiplier": "1", "tokens": "every token"}
-    where = f"{_spans(steering.layer_activations)} ({steering.layer_type})"
-    return [["layers", where], *map(list, (plain | _settings(steering)).items())]
 
 # %% ../../nbs/reference/steer/steering.ipynb #247c36d5
 def _record(steering: Steering, name: str) -> SteeringRecord:

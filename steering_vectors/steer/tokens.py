@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..numbers import is_bool, whole_number
 from .regions import marker_ids
-from .turns import turn_markers
 from .selections import Columns, Need, Node, Sign, _Ids, _Joined, _Part, _Region, _bounds, _leaves
+from .turns import turn_markers
 
 # %% auto #0
 __all__ = ['Tokens', 'as_selection']

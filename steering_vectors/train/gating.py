@@ -135,7 +135,7 @@ def _unseen_scores(positive: Tensor, negative: Tensor, folds: int) -> tuple[Tens
     return scores
 
 # %% ../../nbs/reference/train/gating.ipynb #dcbe8968
-def _between(high: Tensor, low: Tensor) -> float:
+def _between_classes(high: Tensor, low: Tensor) -> float:
     "The point between the means of two kinds of scores, as many of its spreads from the one as from the other."
     spread_high, spread_low = float(high.std()), float(low.std())
     total = spread_high + spread_low
@@ -148,7 +148,7 @@ def _share_open(high: Tensor, low: Tensor, folds: int) -> tuple[float, float]:
     opened = torch.zeros(2, dtype=torch.float64)
     for fold in range(folds):
         inside = [torch.arange(len(kind), device=CPU) % folds == fold for kind in (high, low)]
-        threshold = _between(high[~inside[0]], low[~inside[1]])
+        threshold = _between_classes(high[~inside[0]], low[~inside[1]])
         opened += torch.stack([(kind[i] > threshold).sum() for kind, i in zip((high, low), inside, strict=True)])
     return float(opened[0]) / len(high), float(opened[1]) / len(low)
 
@@ -196,4 +196,4 @@ def _learned(
     judged: dict[str, Any] = {"opens": opens, "of": len(high), "opens_for_others": opens_for_others, "others": len(low)}
     if threshold is not None:
         return Gate(made.direction, layer, threshold, layer_type, tokens=tokens)
-    return Gate(made.direction, layer, _between(high, low) + offset, layer_type, tokens=tokens, judged=judged)
+    return Gate(made.direction, layer, _between_classes(high, low) + offset, layer_type, tokens=tokens, judged=judged)
