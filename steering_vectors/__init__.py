@@ -43,6 +43,7 @@ from .model.recording import Recording as Recording
 from .vectors.provenance import Provenance as Provenance
 from .steer.tokens import Tokens as Tokens
 from .steer.steering import Steering as Steering
+from .steer.gates import Condition as Condition
 from .steer.gates import Gate as Gate
 from .steer.strengths import decay as decay
 from .steer.strengths import ramp as ramp
