@@ -69,14 +69,19 @@ def folded(source: str) -> str:
     return f'#| code-fold: true\n#| code-summary: "Source"\n{body}'
 
 
-def defined(source: str) -> list[str]:
-    "The private names that a cell defines: links lead to them, and no heading stands for them."
+def linked(source: str, documented: set[str]) -> list[str]:
+    "The ids by which nbdev links to what a cell defines, where no heading of the page has them: private names and methods."
     try:
         body = ast.parse(source).body
     except SyntaxError:
         return []
-    named = [n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    return [name for name in named if name.startswith("_") and not name.startswith("__")]
+    names = []
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names += [node.name] if node.name.startswith("_") else []
+        if isinstance(node, ast.ClassDef):
+            names += [f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)]
+    return [name.lower() for name in dict.fromkeys(names) if name not in documented]
 
 
 def has_control(
@@ -133,13 +138,14 @@ def finish(
 
     nb.metadata.pop("widgets", None)  # ids in there change at every run
     for_readme = bool(os.environ.get("STEER_README"))
+    documented = {name for cell in nb.cells for name in re.findall(r"show_doc\(([\w.]+)\)", cell.source or "")}
     cells = []
     for cell in nb.cells:
         if cell.cell_type == "markdown" and cell.source and not for_readme:
             cell.source = local_links(mended_links(cell.source), site, up)
         if cell.cell_type == "code" and "code-fold: show" in (cell.source or ""):
             cell.source = folded(cell.source)
-            anchors = "".join(f'<a id="{name}"></a>' for name in defined(cell.source))
+            anchors = "".join(f'<a id="{name}"></a>' for name in linked(cell.source, documented))
             cells += [mk_cell("```{=html}\n" + anchors + "\n```", "markdown")] if anchors else []
         for out in cell.get("outputs") or []:
             mend_output(out, site, up, for_readme)

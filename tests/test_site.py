@@ -46,7 +46,10 @@ def moves(w: Watched, control: Any) -> None:
         handle.press("Home")
         steps = int(float(handle.get_attribute("aria-valuemax") or 1))
         for _ in range(steps + 1):
-            w.page.wait_for_timeout(60)
+            for _ in range(10):  # a busy machine is slow to show the next value
+                w.page.wait_for_timeout(60)
+                if w.shown(control) not in seen:
+                    break
             seen.add(w.shown(control))
             handle.press("ArrowRight")
         assert len(seen) >= min(steps + 1, 2), f"slider {i} changes nothing"
