@@ -11,7 +11,19 @@ MARKED = {  # what a file needs, so that `-m "not browser"` and the like leave i
     "browser": {"test_site", "test_live"},
     "processes": {"test_distributed"},
     "compiler": {"test_compiled", "test_llamacpp"},
-    "slow": {"test_families", "test_families_wrapped", "test_extraction_families", "test_baking", "test_parity"},
+    "slow": {
+        "test_families",
+        "test_families_wrapped",
+        "test_extraction_families",
+        "test_baking",
+        "test_parity",
+        "test_extraction",
+        "test_regions",
+        "test_gates",
+        "test_scores",
+        "test_damage",
+        "test_calibration",
+    },
 }
 
 
