@@ -1,7 +1,8 @@
-"""nbdev's export, and then what it leaves out: the first paragraphs of a room's page become its module's docstring.
+"""Before nbdev's export, the first paragraphs of a room's page become the `__doc__` of its module.
 
-A page of nbs/reference opens with its question and the reasons for the room. Whoever meets the module by `help()`, in an
-editor or in a traceback reads the same words, and finds the address of the page. `nbdev_export` alone writes the question.
+A page of nbs/reference opens with its question and the reasons for the room. Whoever meets the module by `help()` reads the
+same words, and finds the address of the page. They stand in an exported cell of the page, folded in Jupyter, which is
+written here from the prose; so nbdev's own commands export the same file.
 """
 
 import json
@@ -15,6 +16,8 @@ import _pages
 
 ADDRESS = re.compile(r"\[([^\]]+)\]\([^)]*\)")  # of a link in Markdown; its words stay
 WIDTH = 100
+HEAD = "#| export\n__doc__ = "
+FOLDED = {"jupyter": {"source_hidden": True}}
 
 
 def paragraphs(cells: list[dict]) -> list[str]:
@@ -42,11 +45,10 @@ def wrapped(part: str) -> str:
     return "\n".join(textwrap.fill(item, WIDTH, subsequent_indent="  ", **how) for item in part.splitlines())
 
 
-def docstring(page: Path) -> str:
+def docstring(page: Path, cells: list[dict]) -> str:
     "What `help()` shows of the module that `page` exports."
     from nbdev.config import get_config
 
-    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
     question = next(line for line in _pages.source(cells[0]).splitlines() if line.startswith("> "))[2:].strip()
     config = get_config()
     site = config.doc_host + config.doc_baseurl.rstrip("/")
@@ -63,28 +65,34 @@ def module(page: Path) -> Path | None:
 
 
 def describe(page: Path) -> None:
-    "Write the docstring of the module that `page` has just been exported to."
-    path = module(page)
-    if path is None:
+    "Write the cell of `page` that holds its module's docstring, where the page exports a module."
+    if module(page) is None:
         return
-    code = path.read_text(encoding="utf-8")
-    rest = re.sub(r'\Ar?""".*?"""\n', "", code, flags=re.DOTALL)
-    path.write_text(f"{docstring(page)}\n{rest}", encoding="utf-8")
+    stored = page.read_text(encoding="utf-8")
+    nb = json.loads(stored)
+    cells = [cell for cell in nb["cells"] if not _pages.source(cell).startswith(HEAD)]
+    new = {"cell_type": "code", "execution_count": None, "id": "d0c57219", "metadata": FOLDED, "outputs": []}
+    new["source"] = f"{HEAD}{docstring(page, cells)}".splitlines(keepends=True)
+    heads = ["#| default_exp", "#| export\n"]  # behind the imports: one from the future must come first
+    at = max(next((n for n, cell in enumerate(cells) if _pages.source(cell).startswith(head)), 0) for head in heads)
+    nb["cells"] = [*cells[: at + 1], new, *cells[at + 1 :]]
+    text = _pages.text(nb)
+    if text != stored:
+        page.write_text(text, encoding="utf-8")
 
 
 def export(pages: list[Path]) -> None:
-    "Export some pages."
+    "Describe and export some pages."
     from nbdev.doclinks import nbdev_export
     from nbdev.export import nb_export
 
-    everything = _pages.find()
-    if pages == everything:
+    for page in pages:
+        describe(page)
+    if pages == _pages.find():
         nbdev_export.__wrapped__()
     else:
         for page in pages:
             nb_export(page)
-    for page in pages:
-        describe(page)
 
 
 if __name__ == "__main__":

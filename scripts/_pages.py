@@ -97,7 +97,7 @@ def text(nb: dict[str, Any]) -> str:
         same = sum(source(cell) == source(other) for other in nb["cells"][:n])
         cell.setdefault("id", hashlib.sha256(f"{same} {source(cell)}".encode()).hexdigest()[:8])
     clean = dict2nb(nb)
-    clean_nb(clean, allowed_cell_metadata_keys=["tags"])
+    clean_nb(clean, allowed_cell_metadata_keys=["tags", "jupyter"])
     return str(nb2str(clean))
 
 
