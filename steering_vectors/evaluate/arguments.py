@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..model.layers import _spans, resolve_layers
 from ..numbers import listed, whole_number
-from ..steer.checks import _check_width
+from ..steer.checks import _check_width, refuse_conditions
 from ..steer.places import one_row
 from ..steer.steering import Steering, SteeringPatchHandle, as_steering
 from ..steer.tokens import Tokens
@@ -165,14 +165,7 @@ def _with_vector(one: Any) -> tuple[Steering, SteeringVector]:
     if not isinstance(one, Steering):
         check_vector(one)
     steering = as_steering(one)
-    if steering.schedule is not None:
-        raise ValueError(
-            f"A measure has no response whose tokens it could count for schedule={steering.schedule!r}. Leave it out."
-        )
-    if steering.when is not None:
-        raise ValueError(
-            f"A measure steers every text, and this steering has {steering.when!r}. Leave when= out to measure it."
-        )
+    refuse_conditions(steering, "A measure", "measure texts of one kind by themselves")
     _check_one_multiplier(steering.strength)
     one_row(steering.tokens)  # refuses a mask of several rows
     if isinstance(steering.vector, SteeringVector):

@@ -7,6 +7,7 @@ __all__ = ['MOST_PARTS', 'LARGEST', 'by_place', 'only_adds']
 
 # %% ../../nbs/reference/steer/additions.ipynb #84715699
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -45,8 +46,9 @@ def by_place(
     if tokens.masks:
         raise ValueError("A mask of tokens is one batch's own. Name the tokens: Tokens.prompt[-4:].")
     if tokens.needs_ids:
+        what = "looks for" if tokens.needs_history else "leaves out"
         raise ValueError(
-            f"{tokens!r} leaves out token ids. An engine chooses tokens by their place, before it knows their ids. Leave "
+            f"{tokens!r} {what} token ids. An engine chooses tokens by their place, before it knows their ids. Leave "
             "the ids out of the expression, or steer in transformers."
         )
     written = repr(tokens)
@@ -69,8 +71,18 @@ def only_adds(
             f"An engine adds vectors, and this steering has {record.operator!r}. Steer in transformers, or bake what can be "
             "baked into a checkpoint."
         )
+    if record.schedule is not None:
+        raise ValueError(
+            f"An engine is as strong at every token, and this steering has schedule={record.schedule!r}. Leave it out, or "
+            "steer in transformers."
+        )
     if isinstance(record.multiplier, tuple):
         raise ValueError(f"A request is one row and has one multiplier, not {len(record.multiplier)} of them.")
+    if isinstance(record.multiplier, Mapping):
+        raise ValueError(
+            f"A request has one multiplier for all layers of a vector, not {dict(record.multiplier)} by layer. Name the vector "
+            "several times, with its layers= and their multiplier each time."
+        )
     with np.errstate(over="ignore"):
         if not np.isfinite(np.float32(record.multiplier)):
             raise ValueError(f"The multiplier {record.multiplier:g} is infinite in float32.")

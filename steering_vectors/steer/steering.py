@@ -107,7 +107,8 @@ class Steering:
         "The multiplier: a number, or (b,) float64, one per row. Raises ValueError where each layer has its own."
         if isinstance(self.multiplier, Mapping):
             raise ValueError(
-                f"This steering has a multiplier for each layer, {self.multiplier!r}, and one is needed here."
+                f"This steering has a multiplier for each layer, {self.multiplier!r}, and one for all is needed here. Scale the "
+                "directions instead, v[15] + 0.5 * v[18], and give one multiplier."
             )
         return as_multiplier(self.multiplier)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..model.layers import resolve_layer_numbers, resolve_layers
 from ..modes import undisturbed
+from ..steer.checks import refuse_conditions
 from ..steer.operators import ablation_operator, addition_operator
 from ..steer.steering import Directions, Steering, as_steering
 from .checkpoints import blueprint, plain_copy, refuse_quantised
@@ -203,14 +204,7 @@ def check_bakeable(
     refuse_quantised(model)
     if not isinstance(steering.strength, float):
         raise ValueError(f"A checkpoint has one multiplier, a finite number, not {steering.strength.tolist()!r}.")
-    if steering.schedule is not None:
-        raise ValueError(
-            "A checkpoint is as strong at every token, and this steering has a schedule. Leave schedule= out, or keep it a hook."
-        )
-    if steering.when is not None:
-        raise ValueError(
-            f"A checkpoint steers every prompt, and this steering has {steering.when!r}. Leave when= out, or keep it a hook."
-        )
+    refuse_conditions(steering, "A checkpoint", "keep it a hook")
     if steering.tokens is not None:
         raise ValueError(
             f"A checkpoint steers every token, and this steering names {steering.tokens!r}. Leave tokens= out, or keep it a hook."

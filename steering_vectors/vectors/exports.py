@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.layers import resolve_layer_numbers, resolve_layers
+from ..steer.checks import refuse_conditions
 from ..steer.operators import addition_operator
 from ..steer.steering import Directions, Steering, as_steering
 from .files import write_atomically
@@ -50,14 +51,7 @@ def one_multiplier(
         raise ValueError(
             f"{engine} adds a vector at every token, and this steering has {what}. Leave that out, or steer in transformers."
         )
-    if steering.schedule is not None:
-        raise ValueError(
-            f"{engine} is as strong at every token, and this steering has a schedule. Leave schedule= out, or steer in transformers."
-        )
-    if steering.when is not None:
-        raise ValueError(
-            f"{engine} steers every prompt, and this steering has {steering.when!r}. Leave when= out, or steer in transformers."
-        )
+    refuse_conditions(steering, engine, "steer in transformers")
     if not isinstance(steering.strength, float):
         raise ValueError(f"An export has one multiplier for every row, not {len(steering.strength)} of them.")
     return steering.strength
