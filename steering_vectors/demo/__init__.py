@@ -3,6 +3,8 @@
 `python -m steering_vectors.demo` trains on the embedded model and prints what steering does.
 """
 
+from .concepts import CONCEPTS as CONCEPTS
+from .concepts import Concept as Concept
 from .concepts import joy_chats as joy_chats
 from .concepts import joy_pairs as joy_pairs
 from .model import load_demo_model as load_demo_model
