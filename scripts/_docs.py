@@ -80,7 +80,7 @@ def shown(output: dict) -> str:
 
 def readme() -> str:
     "README.md as nbs/index.ipynb gives it."
-    os.environ["STEER_README"] = "1"  # links to the site stay absolute here; below they become links to the notebooks
+    os.environ["STEER_README"] = "1"  # links lead to the site, from wherever the file is read
     from execnb.nbio import read_nb
     from nbdev.config import get_config
     from nbdev.processors import FilterDefaults
@@ -98,10 +98,8 @@ def readme() -> str:
             if source:
                 parts.append(f"``` python\n{source}\n```")
             parts += filter(None, map(shown, cell.get("outputs", [])))
-    site = re.escape(config.doc_host + config.doc_baseurl.rstrip("/") + "/")
-    text = re.sub(rf"\]\({site}([\w/]+)\.html(#[^)]*)?\)", r"](\1.ipynb)", "\n\n".join(parts))
-    text = re.sub(r"\]\(([\w/]+\.ipynb)", r"](nbs/\1", text)
-    return text + "\n"
+    site = config.doc_host + config.doc_baseurl.rstrip("/") + "/"
+    return re.sub(r"\]\(([\w/]+)\.ipynb", rf"]({site}\1.html", "\n\n".join(parts)) + "\n"  # a package index shows it, too
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def finish(
     site: str,  # the site's full address
     up: str,  # the way from this page to the top of the site
 ) -> None:
-    "Mend the links and signatures of a notebook, fold its sources, and add the widgets' script if it has a control."
+    "Mend the links and signatures of a notebook, fold its sources, and add the scripts that it needs."
     from execnb.nbio import mk_cell
 
     nb.metadata.pop("widgets", None)  # ids in there change at every run
@@ -151,9 +151,10 @@ def finish(
             mend_output(out, site, up, for_readme)
         cells.append(cell)
     nb.cells = cells
-    if has_control(nb.cells):
-        tag = f'<script src="{up}widgets/embed.js"></script>'
-        nb.cells.append(mk_cell("```{=html}\n" + tag + "\n```", "markdown"))
+    scripts = ["widgets/embed.js"] if has_control(nb.cells) else []
+    tags = "".join(f'<script src="{up}{script}"></script>' for script in [*scripts, "access.js"])
+    if not for_readme or scripts:
+        nb.cells.append(mk_cell("```{=html}\n" + tags + "\n```", "markdown"))
 
 
 def mend_output(out: Any, site: str, up: str, for_readme: bool) -> None:

@@ -64,6 +64,14 @@ class Html:
     def __repr__(self) -> str:
         return self.text or self.html
 
+# %% ../nbs/reference/markup.ipynb #6b12c7df
+def _in_words(ax: Any) -> str:
+    "What an axes shows, from what is written on it; empty where nothing is."
+    x, y, title = (text.strip() for text in (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()))
+    axes = f"{y} against {x}" if x and y else x or y
+    names = ", ".join(text.get_text() for text in (ax.get_legend().get_texts() if ax.get_legend() else []))
+    return "; ".join(filter(None, [title, axes, names]))
+
 # %% ../nbs/reference/markup.ipynb #4095f387
 def _png(figure: Any) -> str:  # an <img> tag
     "A matplotlib figure as an image inside the page."
@@ -72,7 +80,7 @@ def _png(figure: Any) -> str:  # an <img> tag
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
-    alt = " ".join(ax.get_title() for ax in figure.axes).strip() or "figure"
+    alt = "; ".join(filter(None, map(_in_words, figure.axes))) or "figure"
     code = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{code}">'
 

@@ -63,6 +63,16 @@ def moves(w: Watched, control: Any) -> None:
         assert len(seen) >= 2, "buttons change nothing"
 
 
+def named(control: Any) -> None:
+    "A screen reader can say what each slider is called and where it is, and what buttons are for."
+    for row in control.locator(".widget-hslider").all():
+        handle = row.locator(".noUi-handle")
+        assert handle.get_attribute("aria-label") == row.locator(".widget-label").inner_text()
+        assert handle.get_attribute("aria-valuetext") == row.locator(".widget-readout").inner_text()
+    for row in control.locator(".widget-toggle-buttons").all():
+        assert row.get_attribute("role") == "group" and row.get_attribute("aria-label")
+
+
 def test_every_guide_page_has_a_control_with_a_slider():
     without = [p for p in GUIDE if '"SelectionSliderModel"' not in (SITE / p).read_text(encoding="utf-8")]
     assert not without
@@ -77,7 +87,9 @@ def test_controls_move_without_a_kernel(home, context, path):
     for control in controls:
         assert not control.locator(".steer-fallback").is_visible()
         assert "Computed for" in control.locator(".steer-grid").inner_text()
+        named(control)
         moves(w, control)
+        named(control)
     assert not w.errors and not w.outside
     w.page.close()
 
@@ -118,6 +130,12 @@ def test_pages_open_without_errors_and_nothing_is_cut_off(home, context, path):
     seen = w.page.locator("main").inner_text()
     assert "](" not in w.page.evaluate(PROSE), "Markdown that was not rendered"
     assert "noqa" not in seen and "__main__." not in seen
+    pictures = w.page.locator("main img").evaluate_all("all => all.map(e => e.alt)")
+    assert all(pictures) and "figure" not in pictures, "a picture without words"
+    if w.page.locator("script[src*='access.js']").count():
+        w.page.keyboard.press("Tab")
+        w.page.keyboard.press("Enter")
+        assert w.page.evaluate("document.activeElement.tagName") == "MAIN", "the first Tab does not skip the navigation"
     assert not w.errors and not w.outside
     w.page.close()
 
