@@ -55,14 +55,15 @@ def test_in_float32_the_answers_are_the_same(demo, unquantised, tmp_path, multip
     assert a[:12] == b[:12]
 
 
-@pytest.mark.parametrize("multiplier", [-3, 0, 3])
-def test_the_guide_quotes_the_engine(demo, unquantised, tmp_path, multiplier):
+@pytest.mark.parametrize("layer, multiplier", [(n, m) for n in (15, 18) for m in (-3, -1, 0, 1, 3)])
+def test_the_guide_quotes_the_engine(demo, unquantised, tmp_path, layer, multiplier):
     model, tokenizer, _, _ = demo
-    vector = train_steering_vector(model, tokenizer, joy_pairs(tokenizer)[::2], layers=[18], show_progress=False)
+    vector = train_steering_vector(model, tokenizer, joy_pairs(tokenizer)[::2], layers=[layer], show_progress=False)
     vector.to_gguf(tmp_path / "joy.gguf")
-    page = (Path(__file__).parents[1] / "nbs" / "guide" / "llama_cpp.ipynb").read_text()
+    page = (Path(__file__).parents[1] / "nbs" / "guide" / "llama_cpp.ipynb").read_text(encoding="utf-8")
     said = theirs(demo, tmp_path / "joy.gguf", multiplier, unquantised)
-    assert f'{multiplier}: \\"{" ".join(said.split()[:6])}' in page
+    quoted = next(line for line in page.splitlines() if f"({layer}, {multiplier}): " in line)
+    assert f'({layer}, {multiplier}): \\"{" ".join(said.split()[:6])}' in quoted
 
 
 @pytest.mark.parametrize("multiplier", [0, 3])
