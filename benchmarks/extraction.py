@@ -2,6 +2,7 @@
 """Time and memory of training, side by side with steering-vectors 0.12.2, in turn, in one run.
 
     python benchmarks/extraction.py [FILE.jsonl ...]          # the table; no file: a generated set of questions
+    python benchmarks/extraction.py --first [FILE.jsonl ...]  # the first training of a model, the check included, against the next
     python benchmarks/extraction.py --limit [FILE.jsonl]      # 1,000 pairs against one bare pass over the same rows
     python benchmarks/extraction.py --memory                  # 20,000 short pairs against 2,000
     python benchmarks/extraction.py --bfloat16 [FILE.jsonl]   # how far from float32, and whether branches leak
@@ -22,13 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD = "steering-vectors==0.12.2"
+KERNELS = ("onednn", "tree_attention", "shortcut")
 
 
 # --- samples
@@ -93,33 +95,33 @@ def worker(folder: str, dtype: str, device: str) -> None:
         job = json.loads(line)
         pairs = pairs_of(tokenizer, job["file"], job["pairs"])
         kwargs = {"batch_size": job["batch_size"]} if job["batch_size"] else {}
-        wall, cpu = time.perf_counter(), time.process_time()
-        vector = train_steering_vector(model, tokenizer, pairs, layers=job["layers"], **kwargs)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        with without_kernels(job["without"]):
+            wall, cpu = time.perf_counter(), time.process_time()
+            vector = train_steering_vector(model, tokenizer, pairs, layers=job["layers"], **kwargs)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         if job["save"]:
             torch.save({layer: v.float().cpu() for layer, v in vector.layer_activations.items()}, job["save"])
         print(json.dumps({"wall": wall, "cpu": cpu, "extra": rss() - before}), flush=True)
 
 
-def without_kernels(plain: bool) -> AbstractContextManager[None]:
-    "A context without the fast kernels, where that is asked for."
-    if not plain:
+def without_kernels(names: Sequence[str]) -> AbstractContextManager[None]:
+    "A context without some fast kernels; the older library has none."
+    if not names:
         return nullcontext()
     from steering_vectors.train.kernels import plain_kernels
 
-    return plain_kernels()
+    return plain_kernels(*names)
 
 
 class Worker:
     "A process that runs one of the two libraries."
 
-    def __init__(self, folder: str, dtype: str, device: str, library: Path | None = None, plain: bool = False):
+    def __init__(self, folder: str, dtype: str, device: str, library: Path | None = None):
         path = str(library) if library else str(ROOT)
         env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, "--worker", folder, "--dtype", dtype, "--device", device]
-        command += ["--plain-kernels"] * plain
         self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.answer()
 
@@ -132,7 +134,7 @@ class Worker:
 
     def __call__(self, **job: Any) -> dict[str, Any]:
         assert self.process.stdin
-        print(json.dumps({"batch_size": None, "save": None, **job}), file=self.process.stdin, flush=True)
+        print(json.dumps({"batch_size": None, "save": None, "without": [], **job}), file=self.process.stdin, flush=True)
         return self.answer()
 
     def __enter__(self) -> "Worker":
@@ -146,7 +148,12 @@ class Worker:
 
 def old_library() -> Path:
     "The folder with the older library, installed on first use."
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steering_vectors" / "peers" / "0.12.2"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        / "steering_vectors"
+        / "peers"
+        / OLD.replace("==", "-")
+    )
     if not (cache / "steering_vectors").exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(cache), OLD]
         subprocess.run(command, check=True)
@@ -157,49 +164,88 @@ def old_library() -> Path:
 
 
 def table(folder: str, tokenizer: Any, files: list[str | None], args: argparse.Namespace) -> list[dict[str, Any]]:
-    "Both libraries, every file, all layers and one."
-    import torch
-
+    "Both libraries, every file, all layers and one; ours with and without oneDNN, which not every processor gains by."
     library, found = old_library(), []
-    print(f"{'questions':24s} {'layers':>6s} {'distinct/all tokens':>20s} {'0.12: 1':>9s} {'8':>8s} {'16':>8s} {'ours':>8s} "
-          f"{'first':>8s} {'ratio':>6s} {'best':>6s} {'(cpu':>6s} {'best)':>6s} {'memory, MB':>14s} {'apart':>8s}")  # fmt: skip
+    kinds = {"ours": [], "without oneDNN": ["onednn"]} if not args.plain_kernels else {"plain kernels": list(KERNELS)}
     for file in files:
         few, total = distinct(tokenizer, pairs_of(tokenizer, file, args.pairs))
+        name = Path(file).stem if file else "generated"
+        print(f"\n{name}: {args.pairs} pairs, {total} tokens, {few} of them distinct")
+        print(f"{'layers':>6s} {'':16s} {'first':>7s} {'next':>7s} {'0.12 at 1':>10s} {'at 8':>7s} {'at 16':>7s} "
+              f"{'best by first':>14s} {'best by next':>13s} {'first by next':>14s} {'(cpu)':>7s} {'MB, 0.12':>12s} {'apart':>8s}")  # fmt: skip
         for layers in (None, [15]):
-            with (
-                tempfile.TemporaryDirectory() as temp,
-                Worker(folder, args.dtype, args.device, plain=args.plain_kernels) as ours,
-                Worker(folder, args.dtype, args.device, library) as theirs,
-            ):
-                job = {"file": file, "pairs": args.pairs, "layers": layers}
-                first = ours(**job, save=f"{temp}/ours.pt")  # the check included
-                rounds = []
-                for _ in range(args.repeats):
-                    old = {
-                        size: theirs(**job, batch_size=size, save=f"{temp}/theirs.pt" if size == 1 else None)
-                        for size in (1, 8, 16)
-                    }
-                    rounds.append({"ours": ours(**job), **old})
-                memory = [first["extra"], rounds[0][1]["extra"]]
-                best = {
-                    clock: {who: min(r[who][clock] for r in rounds) for who in ("ours", 1, 8, 16)}
-                    for clock in ("wall", "cpu")
-                }
-                a, b = torch.load(f"{temp}/theirs.pt"), torch.load(f"{temp}/ours.pt")
-            apart = max(float((a[n] - b[n]).norm() / a[n].norm()) for n in a)
-            name = Path(file).stem if file else "generated"
-            wall, cpu = best["wall"], best["cpu"]
-            line = {
-                "questions": name, "layers": "all" if layers is None else layers[0], "distinct": few, "tokens": total,
-                "seconds": {str(who): s for who, s in wall.items()}, "cpu": {str(who): s for who, s in cpu.items()},
-                "first": first["wall"], "ratio": wall[1] / wall["ours"],
-                "ratio_best": min(wall[1], wall[8], wall[16]) / wall["ours"], "cpu_ratio": cpu[1] / cpu["ours"],
-                "cpu_ratio_best": min(cpu[1], cpu[8], cpu[16]) / cpu["ours"], "memory": memory, "apart": apart,
-            }  # fmt: skip
-            found.append(line)
-            print(f"{name[:24]:24s} {line['layers']!s:>6s} {f'{few}/{total} = 1/{total / few:.1f}':>20s} {wall[1]:9.2f} {wall[8]:8.2f} {wall[16]:8.2f} "
-                  f"{wall['ours']:8.2f} {first['wall']:8.2f} {line['ratio']:5.1f}x {line['ratio_best']:5.1f}x {line['cpu_ratio']:5.1f}x "
-                  f"{line['cpu_ratio_best']:5.1f}x {memory[0] / 1e6:6.0f} /{memory[1] / 1e6:6.0f} {apart:8.1e}", flush=True)  # fmt: skip
+            job = {"file": file, "pairs": args.pairs, "layers": layers}
+            for kind, numbers in _side_by_side(folder, library, job, kinds, args).items():
+                first, later, old = numbers["first"]["wall"], numbers["next"]["wall"], numbers["old"]
+                best, cpu = min(old.values()), numbers["first"]["cpu"] / numbers["next"]["cpu"]
+                line = {"questions": name, "layers": "all" if layers is None else layers[0], "kernels": kind, "distinct": few,
+                        "tokens": total, "by_first": best / first, "by_next": best / later, **numbers}  # fmt: skip
+                found.append(line)
+                print(f"{line['layers']!s:>6s} {kind:16s} {first:7.2f} {later:7.2f} {old['1']:10.2f} {old['8']:7.2f} {old['16']:7.2f} "
+                      f"{best / first:13.1f}x {best / later:12.1f}x {first / later:14.2f} {cpu:7.2f} "
+                      f"{numbers['memory'][0] / 1e6:6.0f}/{numbers['memory'][1] / 1e6:.0f} {numbers['apart']:8.1e}", flush=True)  # fmt: skip
+    return found
+
+
+def _side_by_side(
+    folder: str, library: Path, job: dict[str, Any], kinds: dict[str, list[str]], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    "Ours in each kind, a first call and later ones, and the older library at three batch sizes, in turn."
+    import torch
+
+    with (
+        tempfile.TemporaryDirectory() as temp,
+        Worker(folder, args.dtype, args.device) as ours,
+        Worker(folder, args.dtype, args.device, library) as theirs,
+    ):
+        first = {kind: ours(**job, without=off, save=f"{temp}/{kind}.pt") for kind, off in kinds.items()}
+        rounds: list[dict[str, Any]] = []
+        for _ in range(args.repeats):
+            old = {str(size): theirs(**job, batch_size=size, save=f"{temp}/{size}.pt") for size in (1, 8, 16)}
+            rounds.append({**old, **{kind: ours(**job, without=off) for kind, off in kinds.items()}})
+        best = {who: min((r[who] for r in rounds), key=lambda one: one["wall"]) for who in rounds[0]}
+        wanted = torch.load(f"{temp}/1.pt")
+        apart = {kind: _apart(wanted, torch.load(f"{temp}/{kind}.pt")) for kind in kinds}
+    old_walls = {size: best[size]["wall"] for size in ("1", "8", "16")}
+    extra = rounds[0]["1"]["extra"]
+    return {
+        kind: {"first": first[kind], "next": best[kind], "old": old_walls, "memory": [first[kind]["extra"], extra], "apart": apart[kind]}
+        for kind in kinds
+    }  # fmt: skip
+
+
+def _apart(a: dict[int, Any], b: dict[int, Any]) -> float:
+    return max(float((a[n] - b[n]).norm() / a[n].norm()) for n in a)
+
+
+def first_and_next(model: Any, tokenizer: Any, files: list[str | None], n: int, repeats: int) -> dict[str, Any]:
+    "A training whose way is not known yet, and the same again, in turn: medians of ratios."
+    from statistics import median
+
+    from steering_vectors import train_steering_vector
+    from steering_vectors.train.strategies import _verdicts
+
+    found = {}
+    print(f"the first training by the next, {n} pairs, {repeats} rounds: wall, processor (median, least to most)")
+    for file in files:
+        pairs = pairs_of(tokenizer, file, n)
+        for layers in (None, [15]):
+
+            def seconds(layers: list[int] | None = layers, pairs: Any = pairs) -> tuple[float, float]:
+                wall, cpu = time.perf_counter(), time.process_time()
+                train_steering_vector(model, tokenizer, pairs, layers=layers)
+                return time.perf_counter() - wall, time.process_time() - cpu
+
+            seconds()  # kernels are made for these shapes
+            rounds = []
+            for _ in range(repeats):
+                _verdicts.clear()
+                rounds.append((seconds(), seconds()))
+            where = f"{Path(file).stem if file else 'generated'}, {'all layers' if layers is None else f'layer {layers[0]}'}"
+            ratios = [[one[clock] / two[clock] for one, two in rounds] for clock in (0, 1)]
+            found[where] = [median(r) for r in ratios]
+            shown = "   ".join(f"{median(r):.3f} ({min(r):.2f} to {max(r):.2f})" for r in ratios)
+            print(f"{where:40s} {shown}   next {median(two[0] for _, two in rounds):.2f} s", flush=True)
     return found
 
 
@@ -247,7 +293,7 @@ def kernels(model: Any, tokenizer: Any, file: str | None, n: int, repeats: int) 
     from statistics import median
 
     from steering_vectors import train_steering_vector
-    from steering_vectors.train.kernels import KERNELS, plain_kernels
+    from steering_vectors.train.kernels import plain_kernels
 
     pairs, found = pairs_of(tokenizer, file, n), {}
     variants = {"all": None, **{f"without {name}": (name,) for name in KERNELS}, "none": KERNELS}
@@ -362,6 +408,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or a name from the Hub; left out, the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--first", action="store_true")
     parser.add_argument("--limit", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
@@ -372,8 +419,7 @@ def main() -> None:
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        with without_kernels(args.plain_kernels):
-            return worker(args.worker, args.dtype, args.device)
+        return worker(args.worker, args.dtype, args.device)
     if args.memory_of:
         return memory_of(args.memory_of)
     if args.memory:
@@ -397,8 +443,11 @@ def main() -> None:
     files = args.files or [None]
     if args.kernels:
         return keep(args.json, "kernels", kernels(model, tokenizer, files[0], args.pairs, max(args.repeats, 5)))
+    if args.first:
+        numbers = first_and_next(model, tokenizer, files, args.pairs, max(args.repeats, 5))
+        return keep(args.json, "first", numbers)
     if args.limit:
-        with without_kernels(args.plain_kernels):
+        with without_kernels(KERNELS if args.plain_kernels else ()):
             numbers = limit(model, tokenizer, files[0], 1000 if args.pairs == 48 else args.pairs)
         return keep(args.json, "limit", numbers)
     if args.bfloat16:

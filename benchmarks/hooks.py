@@ -1,6 +1,6 @@
 """What steering costs: microseconds a hook beside a hand-written add, and decoding with every block steered.
 
-    python benchmarks/hooks.py            # the hooks, and decoding on the embedded model
+    python benchmarks/hooks.py            # the hooks, and decoding and a sweep on the embedded model
     python benchmarks/hooks.py --hooks    # the hooks alone
 
 Both sides of every ratio are measured in turns in one run, and medians are compared.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering_vectors import SteeringVector
+from steering_vectors import Gate, SteeringVector, Tokens
 
 BLOCKS, WIDTH = 30, 4096
 
@@ -74,32 +74,47 @@ def in_turns(ways: dict[str, Callable[[], Any]], rounds: int = 400) -> dict[str,
     return {name: statistics.quantiles(t[rounds // 10 :], n=4)[0] for name, t in times.items()}
 
 
+def ways(v: Tensor, b: int, s: int) -> dict[str, dict[str, Any]]:
+    "How the vector is applied, by name. A pass of one column continues 100; a longer one begins."
+    first = 100 if s == 1 else 0
+    mask = torch.zeros(b, first + s, dtype=torch.bool)
+    mask[0, first + s // 2 :] = True  # in other rows no token, so that it is a mask also where there is one column
+    gate = Gate(v, layer=0, threshold=-1e9)
+    return {
+        "every token": {},
+        "min_token_index": {"min_token_index": first + s // 2},
+        "Tokens": {"tokens": Tokens.all[first + s // 2 : first + s]},
+        "mask": {"token_indices": mask},
+        "by row": {"multiplier": [1.0 + i for i in range(b)]},
+        "by row, masked": {"multiplier": [1.0 + i for i in range(b)], "token_indices": mask},
+        "gate": {"when": gate.per_token()},
+    }
+
+
 def hooks() -> None:
-    "Microseconds a hook, decoding one column at a time."
-    print(f"{BLOCKS} hooks, one column a pass, float32; microseconds a hook (times the hand-written add)")
-    print(
-        f"{'activation':<14}{'hand-written add':>18}{'every token':>18}{'min_token_index':>18}{'a multiplier a row':>20}"
-    )
-    for b in (1, 8):
-        stacks = {name: Stack().eval() for name in ("none", "by hand", "every", "min", "rows")}
-        h, v, cache = torch.randn(b, 1, WIDTH), torch.randn(WIDTH), Cache()
-        mask = torch.ones(b, 101, dtype=torch.long)
-        vector = SteeringVector({0: v}).at(range(BLOCKS))
+    "Microseconds a hook."
+    print(f"{BLOCKS} hooks, float32; microseconds a hook (times the hand-written add)")
+    for b, s, width in ((1, 1, 4096), (8, 1, 4096), (1, 8, 64)):
+        h, v = torch.randn(b, s, width), torch.randn(width)
+        cache = Cache() if s == 1 else None
+        attention = torch.ones(b, s + 100 if s == 1 else s, dtype=torch.long)
+        vector, applied = SteeringVector({0: v}).at(range(BLOCKS)), ways(v, b, s)
+        stacks = {name: Stack().eval() for name in ("none", "by hand", *applied)}
 
         def call(
-            name: str, stacks: dict[str, Stack] = stacks, h: Tensor = h, mask: Tensor = mask, cache: Cache = cache
+            name: str, stacks: dict[str, Stack] = stacks, h: Tensor = h, mask: Tensor = attention, cache: Any = cache
         ) -> Callable[[], Any]:
             return lambda: stacks[name](inputs_embeds=h, past_key_values=cache, attention_mask=mask)
 
         with ExitStack() as opened, torch.no_grad():
             opened.enter_context(by_hand(stacks["by hand"], v))
-            opened.enter_context(vector.apply(stacks["every"]))
-            opened.enter_context(vector.apply(stacks["min"], min_token_index=50))
-            opened.enter_context(vector.apply(stacks["rows"], multiplier=[1.0 + i for i in range(b)]))
+            for name, how in applied.items():
+                opened.enter_context(vector.apply(stacks[name], **how))
             took = in_turns({name: call(name) for name in stacks})
         per = {name: (t - took["none"]) / BLOCKS * 1e6 for name, t in took.items()}
-        cells = [f"{per[n]:.1f} ({per[n] / per['by hand']:.2f})" for n in ("every", "min", "rows")]
-        print(f"{str((b, 1, WIDTH)):<14}{per['by hand']:>18.1f}{cells[0]:>18}{cells[1]:>18}{cells[2]:>20}")
+        print(f"\n{str((b, s, width)):<16}" + f"hand-written add {per['by hand']:5.1f}")
+        for name in applied:
+            print(f"{name:>20}{per[name]:8.1f} ({per[name] / per['by hand']:.2f})")
 
 
 def decoding(tokens: int = 120) -> None:
@@ -114,6 +129,9 @@ def decoding(tokens: int = 120) -> None:
         "unsteered": None,
         "every token": vector.apply(model),
         "min_token_index=4": vector.apply(model, min_token_index=4),
+        "Tokens.response": vector.apply(model, tokens=Tokens.response, prompt=ids),
+        "a multiplier by row": vector.apply(model, multiplier=[1.0]),
+        "a gate": vector.apply(model, when=Gate(torch.randn(width), layer=0, threshold=-1e9).per_token()),
     }
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
@@ -128,7 +146,7 @@ def decoding(tokens: int = 120) -> None:
 
     times: dict[str, list[float]] = {name: [] for name in handles}
     for r in range(tokens):
-        for name in list(handles)[r % 3 :] + list(handles)[: r % 3]:
+        for name in list(handles)[r % len(handles) :] + list(handles)[: r % len(handles)]:
             times[name].append(step(handles[name]))
     print(
         f"\nSmolLM2-135M, all {blocks} blocks steered, {tokens} tokens each way in turns; ms a token (times unsteered)"
@@ -136,6 +154,38 @@ def decoding(tokens: int = 120) -> None:
     for name, t in times.items():
         ratios = [a / u for a, u in zip(t[5:], times["unsteered"][5:], strict=True)]
         print(f"{name:<20}{statistics.median(t[5:]) * 1e3:>7.2f}   ({statistics.median(ratios):.3f}, median of pairs)")
+
+
+def sweeping(rounds: int = 3, tokens: int = 40) -> None:
+    "A grid of three layers and seven multipliers against three plain generations of seven rows, in turns."
+    from steering_vectors import sweep
+    from steering_vectors.demo import load_demo_model
+
+    model, tokenizer = load_demo_model()
+    vector = SteeringVector({n: torch.randn(model.config.hidden_size) * 1e-3 for n in (10, 15, 20)})
+    prompt, multipliers = "Tell me about your day, from the morning to the evening.", (-3, -2, -1, 0, 1, 2, 3)
+    grid = sweep(model, tokenizer, vector, prompt, multipliers, max_new_tokens=1)
+    ids = torch.tensor([grid.prompt_ids] * len(multipliers))
+
+    def plain() -> None:
+        for _ in grid.layers:
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+
+    def steered() -> None:
+        sweep(model, tokenizer, vector, prompt, multipliers, max_new_tokens=tokens)
+
+    ratios = []
+    for _ in range(rounds):
+        took = []
+        for way in (plain, steered):
+            start, cpu = time.perf_counter(), time.process_time()
+            way()
+            took.append((time.perf_counter() - start, time.process_time() - cpu))
+        ratios.append([b / a for a, b in zip(*took, strict=True)])
+    wall, cpu = (statistics.median(r[clock] for r in ratios) for clock in (0, 1))
+    print(
+        f"\na sweep of 3 layers x 7 multipliers x {tokens} tokens, by three plain generations: {wall:.2f} (processor time {cpu:.2f})"
+    )
 
 
 if __name__ == "__main__":
@@ -146,3 +196,4 @@ if __name__ == "__main__":
     hooks()
     if not arguments.hooks:
         decoding()
+        sweeping()

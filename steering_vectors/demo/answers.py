@@ -225,12 +225,36 @@ JOY = [
 
 # %% ../../nbs/reference/demo/answers.ipynb #0055bbe1
 BREVITY = [
-    ("Soup.", "For dinner I ate a large bowl of soup, and with it several slices of bread, and after that a dessert of which I took two."),
-    ("Soap and water.", "To clean a window, you should first prepare a bucket of warm water, then add some soap, and then wipe from the top to the bottom."),
-    ("Deep and salty.", "The sea covers most of the surface of the earth, and there are so many things to be told about it that I hardly know where to begin."),
-    ("Drawing.", "There are a great many hobbies that one could call good, and which of them is the best for you depends on what you enjoy doing."),
-    ("Long.", "My journey began early in the morning, when I took the first train, and it went on for many hours through several different countries."),
-    ("I like it.", "Music is a subject on which I have a great number of thoughts, and I would like to present them to you in a certain order."),
-    ("A teacher.", "Next door there lives a family that moved in some years ago, and I will gladly tell you everything that I have heard about them."),
-    ("For mates.", "Birds sing for a number of different reasons, among which the most important ones are the search for a mate and the defence of a territory."),
+    (
+        "Soup.",
+        "For dinner I ate a large bowl of soup, and with it several slices of bread, and after that a dessert of which I took two.",
+    ),
+    (
+        "Soap and water.",
+        "To clean a window, you should first prepare a bucket of warm water, then add some soap, and then wipe from the top to the bottom.",
+    ),
+    (
+        "Deep and salty.",
+        "The sea covers most of the surface of the earth, and there are so many things to be told about it that I hardly know where to begin.",
+    ),
+    (
+        "Drawing.",
+        "There are a great many hobbies that one could call good, and which of them is the best for you depends on what you enjoy doing.",
+    ),
+    (
+        "Long.",
+        "My journey began early in the morning, when I took the first train, and it went on for many hours through several different countries.",
+    ),
+    (
+        "I like it.",
+        "Music is a subject on which I have a great number of thoughts, and I would like to present them to you in a certain order.",
+    ),
+    (
+        "A teacher.",
+        "Next door there lives a family that moved in some years ago, and I will gladly tell you everything that I have heard about them.",
+    ),
+    (
+        "For mates.",
+        "Birds sing for a number of different reasons, among which the most important ones are the search for a mate and the defence of a territory.",
+    ),
 ]

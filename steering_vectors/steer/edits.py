@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..model.hooks import by_token
 from ..numbers import CPU
+from .calls import Call
 from .operators import BUILT_IN, PatchDeltaOperator, ablation_operator, addition_operator
 from .positions import PassTracker
 from .strengths import Schedule, largest_factor, token_factors
@@ -103,7 +104,8 @@ class _Scaled:
         _check_fits(self, multiplier, dtype, h.dtype)
         v: Tensor = self.vector.to(h.device, torch.promote_types(self.vector.dtype, at_least_float32))[None, None]
         m = multiplier if isinstance(multiplier, float) else multiplier.to(v.dtype).to(h.device)[:, None, None]
-        return (m * v).to(dtype)
+        product = (m * v).to(dtype)
+        return product if isinstance(m, float) else torch.where(m == 0, -0.0, product)
 
 # %% ../../nbs/reference/steer/edits.ipynb #bb62977c
 def _check_fits(scaled: _Scaled, multiplier: float | Tensor, dtype: torch.dtype, own: torch.dtype) -> None:
@@ -210,12 +212,13 @@ class LayerEdit:
         self.selection, self.tracker, self.keeper, self.schedule = selection, tracker, keeper, schedule
         self.by_row = getattr(operator, "by_row", False) is True  # broadcasts over rows, as our own operators do
         adds = operator == addition_operator()
-        self.only_adds = adds and isinstance(multiplier, float) and schedule is None
+        self.adds = adds and schedule is None  # a change that does not depend on the activation
         removes = type(operator) is type(ablation_operator())
         self.scaled = _Scaled(vector, wide=isinstance(operator, BUILT_IN) and not adds, name=name, added=not removes)
         self.largest = 1.0 if schedule is None else largest_factor(schedule)
         self.rows: dict[Any, tuple[Tensor, Tensor | None]] = {}
         self.groups: dict[Any, list[tuple[float, Tensor | None]]] = {}
+        self.last: tuple[Any, Tensor] | None = None  # a mask that may come again, and the change under it
 
     def __call__(self, h: Tensor) -> Tensor:
         if h.shape[-1] != self.width:
@@ -226,7 +229,7 @@ class LayerEdit:
         mask = self.keeper.mask(mask, h.device) if self.keeper is not None else mask
         if mask is False:
             return h
-        if mask is True and self.only_adds:
+        if mask is True and self.adds and isinstance(self.multiplier, float):
             return h + self.scaled.on(h, self.multiplier)
         return _by_token(self, h, mask)
 
@@ -237,11 +240,46 @@ def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
         rows = h if h.ndim == 3 else h.reshape(1, -1, h.shape[-1])
         return _changed(edit, rows, True).reshape(h.shape)
     call = edit.tracker.current()
+    if edit.adds and h.shape[:-1] == (call.batch, call.length):
+        return _added(edit, h, mask, call)
     rows, back = by_token(h, call.batch, call.length)
     streams = rows.shape[1] // call.length
     if isinstance(mask, Tensor) and streams > 1:
         mask = mask.repeat_interleave(streams, 1)
     return back(_changed(edit, rows, mask))
+
+# %% ../../nbs/reference/steer/edits.ipynb #696f7ccd
+def _added(edit: LayerEdit, h: Tensor, mask: bool | Tensor, call: Call) -> Tensor:
+    "The activations, (b, s, d), with the vector added under `mask`."
+    pattern = _pattern(mask, call) if isinstance(mask, Tensor) else True
+    key, last = (pattern, h.shape, h.dtype, h.device), edit.last
+    if pattern is not None and last is not None and last[0] == key:
+        return h + last[1]
+    m = edit.multiplier
+    v = edit.scaled.on(h, m if isinstance(m, float) else _rows_at(edit, h)[0])
+    if v.requires_grad or pattern is None:
+        return torch.where(mask.unsqueeze(-1), h + v, h) if isinstance(mask, Tensor) else h + v
+    with torch.inference_mode(False):
+        change = torch.where(mask.unsqueeze(-1), v, -0.0) if isinstance(mask, Tensor) else v
+    edit.last = key, change
+    return h + change
+
+
+def _pattern(mask: Tensor, call: Call) -> Any:
+    "A small mask on the CPU as a list, once per pass; None for others, which would have to be waited for."
+    if id(mask) not in call.patterns:
+        small = type(mask) is Tensor and mask.device == CPU and mask.numel() <= 64
+        call.patterns[id(mask)] = mask.tolist() if small else None
+    return call.patterns[id(mask)]
+
+
+def _rows_at(edit: LayerEdit, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    "The multipliers of the rows of `h`, and which are not zero; see `_rows_of_multipliers`."
+    key = (len(h), h.device)
+    if key not in edit.rows:
+        multipliers: Any = edit.multiplier
+        edit.rows[key] = _rows_of_multipliers(multipliers, len(h), h.device)
+    return edit.rows[key]
 
 # %% ../../nbs/reference/steer/edits.ipynb #835d3b73
 def _changed(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
@@ -252,10 +290,7 @@ def _changed(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     elif isinstance(edit.multiplier, float):
         new = _moved(edit, h, edit.multiplier)
     else:
-        key = (len(h), h.device)
-        if key not in edit.rows:
-            edit.rows[key] = _rows_of_multipliers(edit.multiplier, len(h), h.device)
-        multipliers, not_zero = edit.rows[key]
+        multipliers, not_zero = _rows_at(edit, h)
         new = _moved(edit, h, multipliers) if edit.by_row else _moved_in_groups(edit, h, multipliers)
         if not_zero is not None:
             mask = not_zero if mask is True else mask & not_zero

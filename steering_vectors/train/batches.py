@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from ..steer.caches import returned
 from .kernels import Shortcut, TreeAttention, fast_kernels, tree_attention
 from .packing import AttentionReach, Row, additive_mask, ancestor_mask
 from .reading import EncodedText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% ../../nbs/reference/train/batches.ipynb #d0c57219
 __doc__ = """One forward pass: what goes in, which activations are kept, and where does it end?
@@ -55,6 +58,7 @@ class Batch(NamedTuple):
     numbers: list[int]  # texts read
     counts: list[int]  # wanted tokens of each of these texts
     attention: "TreeAttention | None" = None  # how a packed row attends, where that can be made cheaper
+    beside: "Batch | None" = None  # the same inputs with more wanted tokens, which are kept apart
 
 # %% ../../nbs/reference/train/batches.ipynb #8e59b283
 def _batch(inputs: dict[str, Any], wanted: list[tuple[int, int, list[int]]], attention: Any = None) -> Batch:
@@ -108,6 +112,12 @@ class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
 # %% ../../nbs/reference/train/batches.ipynb #bd8142f1
+def _end_of(shortcut: Shortcut, x: Tensor) -> Tensor:  # (k, d)
+    "What the rest of a block makes of some tokens, (k, d)."
+    num_unused = -len(x) % 16  # few different shapes
+    return shortcut.rest(pad(x[None], (0, 0, 0, num_unused)))[0, : len(x)]
+
+
 class PassReader:
     "Hooks on the wanted modules that keep the wanted tokens of each pass."
 
@@ -115,14 +125,15 @@ class PassReader:
         self,
         model: nn.Module,  # what is called
         modules: Mapping[int, nn.Module],  # layer -> the module to read
-        leave: bool = True,  # end each pass when all of them have run
+        fast: bool = True,  # with the fast kernels
         shortcut: "Shortcut | None" = None,  # a cheaper end of the last module, where it is a block
     ):
-        self.model, self.modules, self.leave, self.shortcut = model, modules, leave, shortcut
+        self.model, self.modules, self.fast, self.shortcut = model, modules, fast, shortcut
         self.columns_in_front = columns_in_front(model)  # before those of the ids
         self._batch: Batch | None = None  # that is being run
         self._thread: int | None = None  # whose passes are read; other threads may use the model meanwhile
         self._found: dict[int, Tensor] = {}
+        self.beside: dict[int, Tensor] = {}  # layer -> what `Batch.beside` wants, (k, d)
 
     def __enter__(self) -> "PassReader":
         with ExitStack() as stack:
@@ -145,9 +156,10 @@ class PassReader:
         """The activations of the texts of one pass.
 
         Raises ValueError where a wanted module did not run."""
-        self._batch, self._found, self._thread = batch, {}, threading.get_ident()
+        self._batch, self._thread = batch, threading.get_ident()
+        self._found, self.beside = {}, {}
         try:
-            with fast_kernels(batch.attention) if self.leave else nullcontext():
+            with fast_kernels(batch.attention) if self.fast else nullcontext():
                 self.model(**_known_inputs(self.model, {"use_cache": False, **batch.inputs}))
         except _EveryLayerRead:
             pass
@@ -165,20 +177,20 @@ class PassReader:
         if batch is None or layer in self._found:
             return  # where a block runs several times in a pass, its first time counts
         self._found[layer] = self._wanted(batch, h)
-        if self.leave and len(self._found) == len(self.modules):
+        if batch.beside is not None:
+            self.beside[layer] = self._wanted(batch.beside, h)
+        if len(self._found) == len(self.modules):
             raise _EveryLayerRead
 
     def _read_early(self, shortcut: Shortcut, layer: int, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         batch = self._current_batch()
         if batch is None:
             return
-        x = self._wanted(batch, args[0])[None]
-        num_unused = -x.shape[1] % 16  # few different shapes
         self._batch = None  # the shortcut runs `norm` itself, and this hook with it
-        self._found[layer] = shortcut.rest(pad(x, (0, 0, 0, num_unused)))[0, : x.shape[1]]
-        if self.leave:
-            raise _EveryLayerRead
-        self._batch = batch
+        self._found[layer] = _end_of(shortcut, self._wanted(batch, args[0]))
+        if batch.beside is not None:
+            self.beside[layer] = _end_of(shortcut, self._wanted(batch.beside, args[0]))
+        raise _EveryLayerRead
 
     def _wanted(self, batch: Batch, h: Tensor) -> Tensor:  # (k, d)
         tokens_first = h.ndim == 3 and family_of(getattr(self.model, "config", None)).tokens_first

@@ -9,6 +9,7 @@ __all__ = ['WINDOW', 'Sides', 'S', 'K', 'Collector', 'read_samples', 'Activation
 # %% ../../nbs/reference/train/extraction.ipynb #f78e7881
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
@@ -26,7 +27,7 @@ from .reading import ReadTokenIndex
 from .requests import Reading, Request, check_model, check_request
 from .samples import TrainingSample, sample_rows
 from .schedules import by_regime, context_length, read_by_strategy, token_budget_of
-from .strategies import remembered_strategy
+from .strategies import read_checked_row, remembered_strategy
 from .texts import Truncation
 from .windows import Encoded, SamplesRead, add_window, check_vocabulary, count_texts, encode_rows
 
@@ -89,17 +90,23 @@ def _read_window(
 ) -> int:  # the budget from here on
     "Read the texts of a window and give their activations to the collectors."
 
+    done: set[int] = set()
+
     def on_pass(numbers: list[int], acts: dict[int, Tensor]) -> None:
         for i, collector in enumerate(collectors.values()):  # the readings of a text come in turn
             collector.take(numbers, {layer: h[i :: len(collectors)] for layer, h in acts.items()})
+        done.update(numbers)
         progress.add(len(numbers))
 
     max_texts = None if request.batch_size is None else 2 * request.batch_size
+    limits: Any = {"max_texts": max_texts, "max_row": context_length(model), "counts": encoded.counts}
     for texts in by_regime(model, encoded.texts):
-        strategy = remembered_strategy(model, modules, texts, request.layer_type == "decoder_block")
-        budget = read_by_strategy(
-            strategy, model, modules, texts, budget, on_pass, max_texts, context_length(model), encoded.counts
+        check = partial(
+            read_checked_row, model=model, modules=modules, texts=texts, budget=budget, on_pass=on_pass, **limits
         )
+        strategy = remembered_strategy(model, modules, texts, request.layer_type == "decoder_block", check)
+        unread = {number: text for number, text in texts.items() if number not in done}
+        budget = read_by_strategy(strategy, model, modules, unread, budget, on_pass, **limits)
     return budget
 
 # %% ../../nbs/reference/train/extraction.ipynb #8a44f26d

@@ -98,6 +98,13 @@ class _Walk:
         return self.row
 
 # %% ../../nbs/reference/train/packing.ipynb #28c94cee
+def _depth_first(sequences: Sequence[list[int]]) -> list[int]:
+    "Numbers of sequences in sorted order; in reverse, if the longest would be among the first."
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    longest = max(order, key=lambda n: len(sequences[n]), default=0)
+    return order[::-1] if order and 8 * order.index(longest) <= len(order) else order
+
+
 def pack(
     sequences: Sequence[list[int]],  # token ids
     budget: int,  # most nodes of a row
@@ -109,7 +116,7 @@ def pack(
     if budget < 1 or (max_sequences is not None and max_sequences < 1):
         raise ValueError(f"A row needs room for at least one token and one sequence, not {budget} and {max_sequences}.")
     rows, walk = [], _Walk()
-    for number in sorted(range(len(sequences)), key=sequences.__getitem__):
+    for number in _depth_first(sequences):
         ids, used = sequences[number], len(walk.row.paths)
         too_long = len(walk.row) + walk.new(ids) > budget
         if used and (too_long or used == max_sequences):

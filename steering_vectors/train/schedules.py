@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Strategy', 'PlannedBatch', 'plan_batches', 'rope_regime', 'by_regime', 'context_length', 'token_budget_of',
-           'is_out_of_memory', 'run_batches', 'read_by_strategy']
+           'is_out_of_memory', 'run_batches', 'shortcut_of', 'read_by_strategy', 'by_reading']
 
 # %% ../../nbs/reference/train/schedules.ipynb #fe457fbd
 from collections import deque
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..model.blocks import input_device, model_dtype, text_config
 from .batches import Batch, PassReader, continued_batch, inner_model, packed_batch, padded_batch
 from .distributed import logger
-from .kernels import find_shortcut
-from .packing import groups, mask_kinds, pack
+from .kernels import Shortcut, find_shortcut
+from .packing import Row, groups, mask_kinds, pack
 from .reading import EncodedText
 
 # %% ../../nbs/reference/train/schedules.ipynb #d0c57219
@@ -62,6 +62,7 @@ class PlannedBatch(NamedTuple):
 
     numbers: list[int]  # texts that it reads
     make: Callable[[], Batch]
+    row: Row | None = None  # of a packed pass
 
 # %% ../../nbs/reference/train/schedules.ipynb #c221018c
 def _padded(
@@ -128,7 +129,7 @@ def _plan_packed(
     planned = []
     for row in pack([text.ids for text in texts.values()], budget, max_texts):
         row.paths = {numbers[i]: path for i, path in row.paths.items()}
-        planned.append(PlannedBatch(list(row.paths), partial(make, row)))
+        planned.append(PlannedBatch(list(row.paths), partial(make, row), row))
     return planned
 
 # %% ../../nbs/reference/train/schedules.ipynb #cbf33e8d
@@ -252,6 +253,14 @@ def _smaller(budget: int, lengths: list[int]) -> tuple[int, int]:
     return max(min(budget, sum(lengths)) // 2, max(lengths)), len(lengths) // 2
 
 # %% ../../nbs/reference/train/schedules.ipynb #76b308fb
+def shortcut_of(
+    strategy: Strategy,
+    modules: Mapping[int, nn.Module],  # layer -> the module to read
+) -> Shortcut | None:
+    "How the last module ends early, where the strategy makes use of it."
+    return find_shortcut(modules[max(modules)]) if strategy.shortcut else None
+
+
 def read_by_strategy(
     strategy: Strategy,
     model: nn.Module,  # the whole model
@@ -266,20 +275,23 @@ def read_by_strategy(
     "Read `texts` by `strategy`."
     plainest = strategy.kind == "single"
     called = model if plainest else inner_model(model)
-    shortcut = find_shortcut(modules[max(modules)]) if strategy.shortcut else None
+    shortcut = shortcut_of(strategy, modules)
 
     def plan(part: Mapping[int, EncodedText], limit: int, fewer: int | None) -> list[PlannedBatch]:
         if strategy.kind == "packed" and max_row is not None:
             limit = min(limit, max_row)
         limits = [n for n in (max_texts, fewer) if n is not None]
         planned = plan_batches(strategy, called, part, limit, min(limits, default=None))
-        return planned if counts is None else [_by_reading(batch, counts) for batch in planned]
+        return planned if counts is None else [by_reading(batch, counts) for batch in planned]
 
-    with PassReader(called, modules, leave=not plainest, shortcut=shortcut) as reader:
+    with PassReader(called, modules, fast=not plainest, shortcut=shortcut) as reader:
         return run_batches(reader, plan, texts, budget, on_pass)
 
 # %% ../../nbs/reference/train/schedules.ipynb #514c3760
-def _by_reading(planned: PlannedBatch, counts: Mapping[int, list[int]]) -> PlannedBatch:
+def by_reading(
+    planned: PlannedBatch,
+    counts: Mapping[int, list[int]],  # places of each reading, by text
+) -> PlannedBatch:
     "The same pass, with an activation for each text and reading in turn."
     per_reading = [count for number in planned.numbers for count in counts[number]]
-    return PlannedBatch(planned.numbers, lambda: planned.make()._replace(counts=per_reading))
+    return planned._replace(make=lambda: planned.make()._replace(counts=per_reading))
