@@ -10,6 +10,7 @@ from typing import Any
 import plain
 import pytest
 import torch
+from padded import S, padded_prompts, random_vector
 from torch import Tensor
 from versions import fault, skip_if
 
@@ -20,7 +21,7 @@ from steering_vectors.steer.gates import Condition, Gate
 from steering_vectors.steer.steering import Steering
 from steering_vectors.vectors.gguf import write_gguf
 
-S, NEW, ROWS = 6, 4, 4  # columns of the prompt, tokens generated, rows
+NEW, ROWS = 4, 4  # tokens generated, rows
 PADS = (2, 0, 1, 0)
 EXACT, SEEN = 2e-6, 1e-3
 READ = 0  # the layer that gates read
@@ -32,17 +33,11 @@ def model() -> Any:
 
 
 def prompts() -> dict[str, Tensor]:
-    ids = torch.randint(3, 90, (ROWS, S), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    for r in range(ROWS):
-        mask[r, : PADS[r]] = 0
-        ids[r, : PADS[r]] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return padded_prompts(PADS)
 
 
 def vector_of(model: Any, layers: Sequence[int] = (1, 2), seed: int = 3) -> SteeringVector:
-    g = torch.Generator().manual_seed(seed)
-    return SteeringVector({n: torch.randn(model.config.hidden_size, generator=g, dtype=torch.float64) for n in layers})
+    return random_vector(model, layers, seed)
 
 
 def states_of(model: Any, ids: Tensor, layer: int = READ, kind: str = "llama") -> Tensor:
