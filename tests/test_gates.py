@@ -14,9 +14,8 @@ from padded import S, padded_prompts, random_vector
 from torch import Tensor
 from versions import fault, skip_if
 
-from steering_vectors import SteeringVector, Tokens, ablation_operator, addition_operator, bake, train_gate
+from steering_vectors import SteeringVector, Tokens, ablation_operator, addition_operator, bake, explore, train_gate
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.evaluate.arguments import as_steerings
 from steering_vectors.steer.gates import Condition, Gate
 from steering_vectors.steer.steering import Steering
 from steering_vectors.vectors.gguf import write_gguf
@@ -406,8 +405,8 @@ def test_bad_input(model: Any) -> None:
         bake(model, v.steering(when=gate))
     with pytest.raises(ValueError, match="when="):
         write_gguf("never.gguf", v.steering(when=gate), v.provenance, "llama")
-    with pytest.raises(ValueError, match="when="):
-        as_steerings(v.steering(when=gate))
+    with pytest.raises(ValueError, match="Leave when= out, or compare texts with `sweep`"):
+        explore(model, tiny_tokenizer(), v.steering(when=gate), "Hi")
     handle = v.apply(model, when=gate.per_token())
     with handle, torch.no_grad():
         model(**prompts())
