@@ -127,9 +127,11 @@ def test_every_way_of_generating_decides_the_same(model: Any, way: str, told: bo
     assert handle.decisions.open.tolist() == [o for o in opened for _ in range(copies)]
 
 
-def test_beams(model: Any) -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["prompt=", "first pass"])
+def test_beams(model: Any, told: bool) -> None:
+    "Beams change places only within a prompt, whose verdict they share."
     given, gate, beams = prompts(), gate_of(model), 3
-    with vector_of(model).apply(model, when=gate, prompt=given):
+    with vector_of(model).apply(model, when=gate, prompt=given if told else None):
         out = generate(model, given, num_beams=beams, num_return_sequences=2)
 
     def steps_of(r: int) -> Tensor:
@@ -326,6 +328,25 @@ def test_token_by_token(model: Any, how: dict[str, Any]) -> None:
         assert plain.far(torch.stack([s[r] for s in out.logits]), expected) < EXACT
         assert plain.far(expected, unsteered) > SEEN
     assert seen == {True, False}
+
+
+def test_token_by_token_with_beams(model: Any) -> None:
+    "Each token is decided by itself, so rows of the cache may change places."
+    given, gate = prompts(), gate_of(model).per_token()
+    vectors = {f"model.layers.{n}": v for n, v in vector_of(model).layer_activations.items()}
+    with vector_of(model).apply(model, when=gate):
+        out = generate(model, given, num_beams=3, num_return_sequences=2)
+    assert len({tuple(rows) for rows in (out.beam_indices % 3).tolist()}) > 1, "no beam has changed its place"
+    for r, sequence in enumerate(out.sequences):
+        opened = states_of(model, sequence[PADS[r // 2] :]) @ gate.direction > gate.threshold
+
+        def want(c: int, own: int, opened: Tensor = opened) -> bool:
+            return bool(opened[own])
+
+        expected = plain.logits_of_steps(model, sequence, S, PADS[r // 2], vectors, want)
+        steps = torch.stack([out.logits[t][out.beam_indices[r, t]] for t in range(NEW)])
+        assert plain.far(steps, expected) < EXACT
+        assert plain.far(expected, plain.logits_of_steps(model, sequence, S, PADS[r // 2], {}, want)) > SEEN
 
 
 def test_both_kinds_together_and_with_tokens(model: Any) -> None:
