@@ -45,6 +45,10 @@ from .steer.tokens import Tokens as Tokens
 from .steer.steering import Steering as Steering
 from .steer.gates import Condition as Condition
 from .steer.gates import Gate as Gate
+from .vectors.steerings import load_gate as load_gate
+from .vectors.steerings import load_steering as load_steering
+from .vectors.steerings import save_gate as save_gate
+from .vectors.steerings import save_steering as save_steering
 from .steer.strengths import decay as decay
 from .steer.strengths import ramp as ramp
 from .steer.verdicts import Decisions as Decisions

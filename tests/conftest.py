@@ -19,6 +19,7 @@ MARKED = {  # what a file needs, so that `-m "not browser"` and the like leave i
         "test_parity",
         "test_extraction",
         "test_regions",
+        "test_conditions_in_measures",
         "test_gates",
         "test_scores",
         "test_damage",

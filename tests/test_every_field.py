@@ -41,13 +41,13 @@ UNUSUAL: dict[str, list[Any]] = {
     "operator": [ablation_operator()],
     "multiplier": [2.0, [1.0, 2.0], {1: 1.0, 2: 0.5}],
     "tokens": [Tokens.response, Tokens.after([1])],
-    "when": [Gate(torch.ones(32), 0)],
+    "when": [Gate(torch.ones(32), 0, -float("inf"))],
     "schedule": [decay(8)],
     "layer_config": [OWN_NAMES],
 }
 CASES = [(name, value) for name, values in UNUSUAL.items() for value in values]
 EXPORTS = {"operator", "tokens", "when", "schedule"}  # what these refuse
-MEASURES = {"when", "schedule"}
+CONDITIONS = {"when", "schedule"}
 
 
 def a_measure(call: Callable[..., Any], *data: Any, **how: Any) -> Callable[[Steering, Path], Any]:
@@ -55,14 +55,14 @@ def a_measure(call: Callable[..., Any], *data: Any, **how: Any) -> Callable[[Ste
 
 
 TAKERS: dict[str, tuple[Callable[[Steering, Path], Any], set[str]]] = {
-    "sweep": (a_measure(sweep, "Hi", [0, 1], max_new_tokens=2), MEASURES),
-    "completion_gap": (a_measure(completion_gap, [("Hi", "a", "b")], [0, 1]), MEASURES),
-    "text_loss": (a_measure(text_loss, ["Hello there"], [0, 1]), MEASURES),
-    "next_token_shift": (a_measure(next_token_shift, "Hi"), MEASURES),
-    "explore": (a_measure(explore, "Hi", multipliers=[1], max_new_tokens=2), MEASURES),
-    "divergence": (a_measure(divergence, prompts=["Hi"], multipliers=[0, 1]), MEASURES),
-    "calibrate": (a_measure(calibrate, prompts=["Hi"]), MEASURES | {"operator"}),
-    "multiplier_limit": (lambda steering, _: multiplier_limit(steering), MEASURES),
+    "sweep": (a_measure(sweep, "Hi", [0, 1], max_new_tokens=2), set()),
+    "completion_gap": (a_measure(completion_gap, [("Hi", "a", "b")], [0, 1]), set()),
+    "text_loss": (a_measure(text_loss, ["Hello there"], [0, 1]), CONDITIONS),
+    "next_token_shift": (a_measure(next_token_shift, "Hi"), set()),
+    "explore": (a_measure(explore, "Hi", multipliers=[1], max_new_tokens=2), CONDITIONS),
+    "divergence": (a_measure(divergence, prompts=["Hi"], multipliers=[0, 1]), set()),
+    "calibrate": (a_measure(calibrate, prompts=["Hi"]), {"operator"}),
+    "multiplier_limit": (lambda steering, _: multiplier_limit(steering), set()),
     "bake": (lambda steering, _: bake(tiny_model(), steering), {"operator", "tokens", "when", "schedule"}),
     "gguf": (lambda steering, path: write_gguf(path / "v.gguf", steering, Provenance()), EXPORTS),
     "vllm_lens": (lambda steering, _: vllm_lens_payload(steering), EXPORTS),

@@ -30,13 +30,14 @@ from families_by_hand import (
 )
 from torch import Tensor
 
-from steering_vectors import SteeringVector, find_layers, train_steering_vector
+from steering_vectors import Gate, SteeringVector, find_layers, train_steering_vector
 from steering_vectors.demo import tiny_tokenizer
+from steering_vectors.model.blocks import text_config
 from steering_vectors.model.families import LAYER_TYPES
 from steering_vectors.model.layers import block_holder
 from steering_vectors.steer.tokens import Tokens
 
-CHECKS = ["found", *LAYER_TYPES[1:], "steered", "trained", "cached", "padded"]
+CHECKS = ["found", *LAYER_TYPES[1:], "steered", "trained", "cached", "padded", "region", "gated"]
 MARKS: dict[str, dict[str, str]] = {}
 IMAGE_MARKS: dict[str, str] = {}
 LISTED = families.listed()
@@ -238,6 +239,43 @@ def test_padded(family: Any, request: pytest.FixtureRequest) -> None:
     if family.name in families.PADDED_FLOAT32:
         family = SimpleNamespace(**{**vars(family), "model": family.model.float(), "dtype": torch.float32})
     refused_or(family, request, lambda: compare(family, columns, ids, mask, **where))
+
+
+def test_region(family: Any, request: pytest.FixtureRequest) -> None:
+    "The law, for a region: in each row all that comes after a marker, generated tokens included."
+    ids, marker = family.ids.clone(), int(family.ids[0, 2])
+    ids[1:, 1] = marker
+    first = (ids == marker).int().argmax(1, keepdim=True)
+    columns = torch.arange(ids.shape[1] + STEPS + 1)[None] > first
+    refused_or(
+        family, request, lambda: compare(family, columns, ids, torch.ones_like(ids), tokens=Tokens.after(marker))
+    )
+
+
+def test_gated(family: Any, request: pytest.FixtureRequest) -> None:
+    "The law, for a gate that reads block 0: one row is steered in its response, and the other not at all."
+    model, ids, name = family.model, family.ids, family.found["decoder_block"][0]
+    if family.name in families.NOT_TEXT or family.name in families.REFUSED:
+        return refused_or(family, request, lambda: None)
+    mask, kept = torch.ones_like(ids), []
+    hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: kept.append(first_tensor(out).detach()))
+    generate(model, ids, mask, 1, use_cache=False)  # positions may be counted in another way outside of `generate`
+    hook.remove()
+    states, prompt = kept[0][:, : ids.shape[1]], {"input_ids": ids, "attention_mask": mask}
+    direction = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if states.shape != (*ids.shape, text_config(model).hidden_size):  # several streams for each token
+        steered = SteeringVector({1: vector(family, family.found["decoder_block"][1])})
+        with pytest.raises(ValueError, match="several streams|has width"):
+            with steered.apply(model, when=Gate(direction, 0), prompt=prompt):
+                logits(model, ids)
+        return ok(request, "refused")
+    scores = states.double().mean(1) @ direction
+    gate = Gate(direction, 0, float(scores.mean()) if len(ids) > 1 else -float("inf"))
+    columns = torch.arange(ids.shape[1] + STEPS + 1) >= ids.shape[1] - 1
+    columns = columns[None] & (scores > gate.threshold)[:, None]
+    assert len(ids) == 1 or 0 < int(columns.any(1).sum()) < len(ids)
+    compare(family, columns, ids, mask, when=gate, prompt=prompt)
+    ok(request)
 
 
 @pytest.mark.parametrize("name", sorted(families.IMAGE_TEXT))

@@ -10,17 +10,17 @@ from typing import Any
 import plain
 import pytest
 import torch
+from padded import S, padded_prompts, random_vector
 from torch import Tensor
 from versions import fault, skip_if
 
-from steering_vectors import SteeringVector, Tokens, ablation_operator, addition_operator, bake, train_gate
+from steering_vectors import SteeringVector, Tokens, ablation_operator, addition_operator, bake, explore, train_gate
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.evaluate.arguments import as_steerings
 from steering_vectors.steer.gates import Condition, Gate
 from steering_vectors.steer.steering import Steering
 from steering_vectors.vectors.gguf import write_gguf
 
-S, NEW, ROWS = 6, 4, 4  # columns of the prompt, tokens generated, rows
+NEW, ROWS = 4, 4  # tokens generated, rows
 PADS = (2, 0, 1, 0)
 EXACT, SEEN = 2e-6, 1e-3
 READ = 0  # the layer that gates read
@@ -32,17 +32,11 @@ def model() -> Any:
 
 
 def prompts() -> dict[str, Tensor]:
-    ids = torch.randint(3, 90, (ROWS, S), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    for r in range(ROWS):
-        mask[r, : PADS[r]] = 0
-        ids[r, : PADS[r]] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return padded_prompts(PADS)
 
 
 def vector_of(model: Any, layers: Sequence[int] = (1, 2), seed: int = 3) -> SteeringVector:
-    g = torch.Generator().manual_seed(seed)
-    return SteeringVector({n: torch.randn(model.config.hidden_size, generator=g, dtype=torch.float64) for n in layers})
+    return random_vector(model, layers, seed)
 
 
 def states_of(model: Any, ids: Tensor, layer: int = READ, kind: str = "llama") -> Tensor:
@@ -133,9 +127,11 @@ def test_every_way_of_generating_decides_the_same(model: Any, way: str, told: bo
     assert handle.decisions.open.tolist() == [o for o in opened for _ in range(copies)]
 
 
-def test_beams(model: Any) -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["prompt=", "first pass"])
+def test_beams(model: Any, told: bool) -> None:
+    "Beams change places only within a prompt, whose verdict they share."
     given, gate, beams = prompts(), gate_of(model), 3
-    with vector_of(model).apply(model, when=gate, prompt=given):
+    with vector_of(model).apply(model, when=gate, prompt=given if told else None):
         out = generate(model, given, num_beams=beams, num_return_sequences=2)
 
     def steps_of(r: int) -> Tensor:
@@ -334,6 +330,25 @@ def test_token_by_token(model: Any, how: dict[str, Any]) -> None:
     assert seen == {True, False}
 
 
+def test_token_by_token_with_beams(model: Any) -> None:
+    "Each token is decided by itself, so rows of the cache may change places."
+    given, gate = prompts(), gate_of(model).per_token()
+    vectors = {f"model.layers.{n}": v for n, v in vector_of(model).layer_activations.items()}
+    with vector_of(model).apply(model, when=gate):
+        out = generate(model, given, num_beams=3, num_return_sequences=2)
+    assert len({tuple(rows) for rows in (out.beam_indices % 3).tolist()}) > 1, "no beam has changed its place"
+    for r, sequence in enumerate(out.sequences):
+        opened = states_of(model, sequence[PADS[r // 2] :]) @ gate.direction > gate.threshold
+
+        def want(c: int, own: int, opened: Tensor = opened) -> bool:
+            return bool(opened[own])
+
+        expected = plain.logits_of_steps(model, sequence, S, PADS[r // 2], vectors, want)
+        steps = torch.stack([out.logits[t][out.beam_indices[r, t]] for t in range(NEW)])
+        assert plain.far(steps, expected) < EXACT
+        assert plain.far(expected, plain.logits_of_steps(model, sequence, S, PADS[r // 2], {}, want)) > SEEN
+
+
 def test_both_kinds_together_and_with_tokens(model: Any) -> None:
     given, gate = prompts(), gate_of(model)
     each = gate_of(model, 11).per_token()
@@ -411,8 +426,8 @@ def test_bad_input(model: Any) -> None:
         bake(model, v.steering(when=gate))
     with pytest.raises(ValueError, match="when="):
         write_gguf("never.gguf", v.steering(when=gate), v.provenance, "llama")
-    with pytest.raises(ValueError, match="when="):
-        as_steerings(v.steering(when=gate))
+    with pytest.raises(ValueError, match="Leave when= out, or compare texts with `sweep`"):
+        explore(model, tiny_tokenizer(), v.steering(when=gate), "Hi")
     handle = v.apply(model, when=gate.per_token())
     with handle, torch.no_grad():
         model(**prompts())

@@ -13,6 +13,7 @@ from typing import Any
 import plain
 import pytest
 import torch
+from padded import S, padded_prompts, random_vector
 from torch import Tensor
 from versions import fault, skip_if
 
@@ -20,7 +21,7 @@ from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model
 from steering_vectors.steer.tokens import Tokens
 
-S, NEW = 6, 4  # columns of the prompt, tokens generated
+NEW = 4  # tokens generated
 PADS = (2, 0)  # columns of padding of each row
 EXACT = 2e-6  # `generate` hands logits over in float32; inside, everything is float64
 SEEN = 1e-3  # steering must have changed the logits by more than this
@@ -32,17 +33,11 @@ def model() -> Any:
 
 
 def vector_of(model: Any, seed: int = 3) -> SteeringVector:
-    g = torch.Generator().manual_seed(seed)
-    return SteeringVector({n: torch.randn(model.config.hidden_size, generator=g, dtype=torch.float64) for n in (0, 1)})
+    return random_vector(model, (0, 1), seed)
 
 
-def prompts(rows: int = 2) -> dict[str, Tensor]:
-    ids = torch.randint(3, 90, (rows, S), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    for r in range(rows):
-        mask[r, : PADS[r]] = 0
-        ids[r, : PADS[r]] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+def prompts() -> dict[str, Tensor]:
+    return padded_prompts(PADS)
 
 
 def one() -> dict[str, Tensor]:

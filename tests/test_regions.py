@@ -214,14 +214,20 @@ def test_a_cache_begun_outside(model: Any, name: str) -> None:
 
 
 @every
-def test_beams_are_refused_with_a_cache_and_exact_without(model: Any, name: str) -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["prompt=", "first pass"])
+def test_beams_are_refused_with_a_cache_and_exact_without(model: Any, name: str, told: bool) -> None:
     selection, want = CASES[name]
     given = prompts()
+    prompt = given if told else None
     before = plain.hooks_on(model)
-    with vector_of(model).apply(model, tokens=selection, prompt=given), pytest.raises(ValueError, match="num_beams=1"):
+    with vector_of(model).apply(model, tokens=selection, prompt=prompt), pytest.raises(ValueError, match="num_beams=1"):
         generate(model, given, num_beams=2)
     assert plain.hooks_on(model) == before
-    with vector_of(model).apply(model, tokens=selection, prompt=given):
+    if selection.needs_prompt and not told:  # a pass without a cache looks like a longer prompt
+        with vector_of(model).apply(model, tokens=selection), pytest.raises(ValueError, match="prompt="):
+            generate(model, given, num_beams=2, use_cache=False)
+        return
+    with vector_of(model).apply(model, tokens=selection, prompt=prompt):
         out = generate(model, given, num_beams=2, use_cache=False)
     for r, row in enumerate(out.sequences):
         steps = torch.stack([out.logits[t][out.beam_indices[r, t]] for t in range(NEW)])

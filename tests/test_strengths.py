@@ -165,8 +165,6 @@ def test_bad_input(model: Any) -> None:
         v.steering(schedule=two_steps).to_json("v")
     with pytest.raises(ValueError, match="lies in the prompt"):
         v.steering(schedule=decay(2), tokens=Tokens.prompt)
-    with pytest.raises(ValueError, match="A measure .* this steering has schedule=decay.*Leave schedule= out"):
-        as_steerings(v.steering(schedule=decay(2)))
     with pytest.raises(ValueError, match="for each layer"):
         as_steerings(v.steering(multiplier={1: 1, 2: 2}))
 

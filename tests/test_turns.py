@@ -42,12 +42,31 @@ SPECIAL = {
     "plain": (PLAIN, []),
     "tiny": (None, []),
 }
+INST = (
+    "<s>{% for m in messages %}{% if m.role == 'system' %}[INST] <<SYS>>\n{{ m.content }}\n<</SYS>>\n\n"
+    "{% elif m.role == 'user' %}{% if loop.index0 != 1 %}[INST] {% endif %}{{ m.content }} [/INST]{% else %}{{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + GEMMA
+MERGED = (
+    "<s>{% for m in messages %}{% if m.role == 'system' %}<turn>user\n{{ m.content }}\n\n{% else %}{% if loop.index0 != 1 %}<turn>"
+    "{{ m.role }}\n{% endif %}{{ m.content }}</turn>\n{% endif %}{% endfor %}"
+)
+DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
+RULE = "Answer in verse.\n\nNever lie, 1 2 3."
+HEADED = ["chatml", "llama3", "plain", "tiny", "inst", "default"]
+OTHERS = {
+    "inst": (INST, ["[INST]", "[/INST]"]),
+    "no_system": (NO_SYSTEM, ["<turn>", "</turn>"]),
+    "merged": (MERGED, ["<turn>", "</turn>"]),
+    "default": (DEFAULT, ["<|im_start|>", "<|im_end|>"]),
+}
 SAID = ["Who are you?", "A machine.", "And then?", "Then: 1, 2.", "Well", "Yes"]
 
 
 def tokenizer_of(kind: str) -> Any:
     tokenizer = tiny_tokenizer()
-    template, special = SPECIAL[kind]
+    template, special = (SPECIAL | OTHERS)[kind]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.chat_template = template or tokenizer.chat_template
     return tokenizer
@@ -66,6 +85,79 @@ def test_turns_of_other_conversations(kind: str, role: str) -> None:
     assert set(own) <= set(read) and not set(other) & set(read) and own and other
     if kind not in ("thinks", "gemma"):
         assert read == own
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_the_turn_of_the_system(kind: str) -> None:
+    "Three roles, no token of which is another's."
+    tokenizer = tokenizer_of(kind)
+    shown = rendered_turns(tokenizer, SAID, RULE)
+    found = {}
+    for role in ("system", "user", "assistant"):
+        if kind == "inst" and role != "system":  # its first question has no header where there is a system message
+            continue
+        found[role] = set(encode_texts(tokenizer, [shown.ids], read=Tokens.turns(role, tokenizer))[0].read)
+        own = {n for n, turn in enumerate(shown.turns) if turn is not None and shown.roles[turn] == role}
+        assert own <= found[role] and own
+    for role, tokens in found.items():
+        others = {n for n, turn in enumerate(shown.turns) if turn is not None and shown.roles[turn] != role}
+        assert not tokens & others
+    assert tokenizer.decode([shown.ids[n] for n in sorted(found["system"])]).startswith(
+        "Answer in verse.\n\nNever lie, 1 2 3."
+    )
+
+
+def test_a_template_without_a_place_for_the_system_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes no system message.*System role not supported"):
+        Tokens.turns("system", tokenizer_of("no_system"))
+    with pytest.raises(ValueError, match="cannot be told by markers"):  # "\n\n" may stand in the message itself
+        Tokens.turns("system", tokenizer_of("merged"))
+    with pytest.raises(ValueError, match="user, assistant or system, not of 'tool'"):
+        Tokens.turns("tool", tokenizer_of("chatml"))
+
+
+def marked(begin: str, end: str = "<|im_end|>\n{% endgeneration %}") -> str:
+    "A template that marks what the assistant generates."
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + begin + "{{ m.content }}" + end
+        + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dash", ["", "-"])
+def test_a_turn_begins_where_the_template_marks_it(dash: str) -> None:
+    "Each turn begins with an empty thought, which is generated and so in the turn; without the mark it is taken for the header."
+    thought, tag = "<think>\n\n</think>\n\n", "{% generation " + dash + "%}"
+    special = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    found = {}
+    for name, begin, end in [("marked", tag + "{{ '" + thought.replace("\n", "\\n") + "' }}", "<|im_end|>\n{% endgeneration %}"),
+                             ("unmarked", thought, "<|im_end|>\n")]:  # fmt: skip
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+        tokenizer.chat_template = marked(begin, end)
+        opening, closing = turn_markers(tokenizer)
+        found[name] = tokenizer.decode(opening), tokenizer.decode(closing)
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)[
+            "input_ids"
+        ]
+        assert (tuple(asked[-len(opening) :]) == opening) == (name == "marked")
+        shown = rendered_turns(tokenizer, SAID)
+        read = encode_texts(tokenizer, [shown.ids], read=Tokens.turns("assistant", tokenizer))[0].read
+        assert tokenizer.decode([shown.ids[n] for n in read]).startswith(thought if name == "marked" else "A machine.")
+    assert found == {
+        "marked": ("<|im_start|>assistant\n", "<|im_end|>"),
+        "unmarked": (f"<|im_start|>assistant\n{thought}", "<|im_end|>"),
+    }
+
+
+def test_marks_that_hold_only_the_content_change_nothing() -> None:
+    kinds = {"marked": marked("{% generation %}", "{% endgeneration %}<|im_end|>\n"), "chatml": CHATML}
+    found = []
+    for template in kinds.values():
+        tokenizer = tokenizer_of("chatml")
+        tokenizer.chat_template = template
+        found.append([turn_markers(tokenizer, role) for role in ("user", "assistant", "system")])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SPECIAL if kind != "mistral"])

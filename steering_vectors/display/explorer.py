@@ -27,6 +27,7 @@ from ..evaluate.shifts import TokenShift, next_token_shift
 from ..evaluate.sweeps import Sweep, sweep
 from ..markup import as_html
 from ..numbers import as_count, as_multipliers, near
+from ..steer.checks import refuse_conditions
 from ..steer.operators import PatchDeltaOperator, ablation_operator, ablation_then_addition_operator
 from ..steer.operators import addition_operator
 from ..steer.steering import Steering
@@ -254,6 +255,8 @@ def explore(
 
     Raises ValueError where several steerings differ in operator or tokens, and what `sweep` raises."""
     subject = in_model(model, steering)
+    for one in subject.steerings:
+        refuse_conditions(one, "A control", "compare texts with `sweep`, which takes both")
     check_ids(model, prompt_ids(tokenizer, prompt, chat, add_generation_prompt, template))
     _check_mappings(operators=operators, start=start)
     shown = _shown_layers(subject, layers)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..model.layers import _spans, resolve_layers
 from ..numbers import listed, whole_number
-from ..steer.checks import _check_width, refuse_conditions
+from ..steer.checks import _check_width
 from ..steer.places import one_row
 from ..steer.steering import Steering, SteeringPatchHandle, as_steering
 from ..steer.tokens import Tokens
@@ -165,7 +165,6 @@ def _with_vector(one: Any) -> tuple[Steering, SteeringVector]:
     if not isinstance(one, Steering):
         check_vector(one)
     steering = as_steering(one)
-    refuse_conditions(steering, "A measure", "measure texts of one kind by themselves")
     _check_one_multiplier(steering.strength)
     one_row(steering.tokens)  # refuses a mask of several rows
     if isinstance(steering.vector, SteeringVector):

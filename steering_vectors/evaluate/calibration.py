@@ -296,9 +296,10 @@ def _name_of(model: Any) -> str:
 
 
 def _beside(how: Steering) -> dict[str, str]:
-    "What a calibration holds for, where that is not plain addition at every token."
-    told = {} if how.operator == addition_operator() else {"operator": repr(how.operator)}
-    return told if how.selection is None else {**told, "tokens": repr(how.selection)}
+    "What a calibration holds for, where that is not plain addition at every token of every text."
+    own = {"operator": how.operator, "tokens": how.selection, "when": how.when, "schedule": how.schedule}
+    usual = how.operator == addition_operator()
+    return {name: repr(part) for name, part in own.items() if part is not None and not (name == "operator" and usual)}
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #5ac5f6e9
 def _calibrated(steering: Calibratable, factor: float, facts: dict[str, Any]) -> Calibratable:
@@ -321,7 +322,7 @@ def calibrated_marks(
         return None
     ((how, vector),) = subject.parts
     known = calibration_of(vector.provenance)
-    if known is None or not how.strength or {k: known.get(k) for k in ("operator", "tokens")} != _held_for(how):
+    if known is None or not how.strength or {k: known.get(k) for k in _held_for(how)} != _held_for(how):
         return None
     sides = sorted(known[side] / float(how.strength) for side in ("multiplier", "negative"))
     shares = [math.sqrt(budget / known["kl"]) for budget in (0.03, 0.1, 0.3)]
@@ -330,5 +331,5 @@ def calibrated_marks(
 
 
 def _held_for(how: Steering) -> dict[str, str | None]:
-    "What a calibration for this steering would say of its operator and tokens."
-    return {"operator": None, "tokens": None, **_beside(how)}
+    "What a calibration for this steering would tell of its operator, tokens and conditions."
+    return {**dict.fromkeys(("operator", "tokens", "when", "schedule")), **_beside(how)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .arguments import Steerable, _listed_texts, check_ids, in_model
+from .arguments import Steerable, _listed_texts, as_steerings, check_ids, in_model
 from .results import NotMeasured, _Keyed, _Tabular, signed
 from ..modes import undisturbed
 from ..numbers import as_count, as_multipliers, near
@@ -248,6 +248,18 @@ def _check_lengths(rows: Sequence[Sequence[int]], texts: Sequence[Any]) -> None:
                 f"Text {i}, {texts[i]!r}, has {count}, and a loss needs two: each is predicted from those before it. Leave it out."
             )
 
+# %% ../../nbs/reference/evaluate/effects.ipynb #16561ad5
+def _check_no_prompt(steering: Steerable) -> None:
+    "Refuse what depends on where a prompt ends."
+    for how, _ in as_steerings(steering):
+        by_prompt = how.when is not None and how.when.reads_prompt
+        if by_prompt or how.schedule is not None:
+            what = f"when={how.when!r}" if by_prompt else f"schedule={how.schedule!r}"
+            raise ValueError(
+                f"A text has no prompt and no response, which {what} needs. Leave it out, let the gate decide at each token "
+                "(per_token()), or measure the damage to answers: divergence."
+            )
+
 # %% ../../nbs/reference/evaluate/effects.ipynb #fba7d554
 def text_loss(
     model: "PreTrainedModel",
@@ -261,7 +273,8 @@ def text_loss(
 ) -> Effect:  # nats per token, by text and multiplier
     """How surprised the steered model is by ordinary text.
 
-    Raises TypeError for a text without a list, ValueError for one of less than two tokens."""
+    Raises TypeError for a text without a list, ValueError for one of less than two tokens, and for conditions on a prompt."""
+    _check_no_prompt(steering)
     read, numbers = _checked_texts(texts), as_multipliers(multipliers)
     size = None if batch_size is None else as_count(batch_size, "batch_size")
     ids = texts_ids(tokenizer, read, add_generation_prompt, template)

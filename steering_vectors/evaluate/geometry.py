@@ -19,6 +19,7 @@ from .results import NotMeasured, _Keyed
 from ..markup import html_table, text_table
 from ..numbers import as_number
 from ..steer.steering import Steering
+from ..steer.strengths import largest_factor
 from ..vectors.vector import SteeringVector
 
 # %% ../../nbs/reference/evaluate/geometry.ipynb #d0c57219
@@ -169,7 +170,8 @@ def _relative_length(steering: Steering, vector: SteeringVector, layer: Layer) -
         _check_counted_from_front(n)
         nearest = min(norms, key=lambda known: abs(known - n))
         length += float(direction.float().norm()) / norms[nearest]
-    return abs(float(steering.strength)) * length
+    factor = 1.0 if steering.schedule is None else largest_factor(steering.schedule)
+    return abs(float(steering.strength)) * factor * length
 
 # %% ../../nbs/reference/evaluate/geometry.ipynb #8f27ad1b
 def _check_counted_from_front(n: int) -> None:

@@ -186,7 +186,7 @@ def _record(steering: Steering, name: str) -> SteeringRecord:
         )
     if steering.when is not None:
         raise ValueError(
-            "A gate holds a direction, which is not written as JSON: leave when= out, and say it where the steering is applied."
+            "A gate holds a direction, which is not written as JSON: leave when= out, or keep the whole in a file: save_steering."
         )
     if isinstance(steering.multiplier, Mapping):
         multiplier: Any = {n: _plain_number(m) for n, m in steering.strengths.items()}

@@ -5,6 +5,7 @@
 # %% ../../nbs/reference/steer/turns.ipynb #3f258108
 from __future__ import annotations  # noqa: F404
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from .regions import region_mask
 from .selections import _Region
 
 # %% auto #0
-__all__ = ['ROLES', 'PROBES', 'Rendered', 'rendered_turns', 'turn_markers']
+__all__ = ['ROLES', 'PROBES', 'RULES', 'GENERATION_MARK', 'Rendered', 'rendered_turns', 'turn_markers']
 
 # %% ../../nbs/reference/steer/turns.ipynb #d0c57219
 __doc__ = """Between which markers does a role speak in a chat template?
@@ -27,15 +28,20 @@ that is being written, under a kept cache or in a fresh pass. `Tokens.turns("ass
 names them.
 
 `turn_markers` finds the two by rendering a conversation whose contents are known and looking at
-what lies between them. What it finds is tried on other contents before it is believed. A template
-whose turns cannot be told by markers is refused.
+what lies between them. Where a template marks what the assistant generates (`{% generation %}`), a
+turn begins where the mark does, and not only at the content. What it finds is tried on other
+contents before it is believed. A template whose turns cannot be told by markers is refused.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/turns.html
 """
 
 # %% ../../nbs/reference/steer/turns.ipynb #d6655a7e
 ROLES = ("user", "assistant")
-PROBES = (("Hello there", "Good day", "How so", "All fine"), ("42 apples?", "- one\n- two.", '"Why" not', "Done!"))
+PROBES = (
+    ("Hello there", "Good day", "How so", "All fine"),
+    ("42 apples?", "- one\n- two.\n\nThree", '"Why" not', "Done!"),
+)
+RULES = ("Be kind", "Speak\n\nlike this: 1, 2.")  # of a system message, for each of the probes
 
 # %% ../../nbs/reference/steer/turns.ipynb #70270ff9
 class Rendered(NamedTuple):
@@ -43,22 +49,62 @@ class Rendered(NamedTuple):
 
     ids: list[int]
     turns: list[int | None]  # number of the turn whose content a token holds; None between them
+    roles: tuple[str, ...]  # whose turn each is
+
+# %% ../../nbs/reference/steer/turns.ipynb #2424f21d
+def _rendered_text(tokenizer: Any, messages: list[dict[str, str]], template: Mapping[str, Any]) -> str:
+    "What the template makes of a conversation. Raises ValueError where it has no place for a system message."
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **template)
+    except Exception as e:
+        if messages[0]["role"] != "system":
+            raise
+        raise ValueError(f"This chat template takes no system message, so there are no turns of it: {e}") from None
+    return text
 
 # %% ../../nbs/reference/steer/turns.ipynb #bfeb5831
 def _turn_at(first: int, last: int, spans: Sequence[tuple[int, int]]) -> int | None:
     "The turn whose content shares a letter with these."
     return next((n for n, (a, b) in enumerate(spans) if first < b and last > a), None)
 
+# %% ../../nbs/reference/steer/turns.ipynb #91119bb8
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# %% ../../nbs/reference/steer/turns.ipynb #49df84a2
+def _marked_by_template(
+    tokenizer: Any, messages: list[dict[str, str]], ids: list[int], template: Mapping[str, Any]
+) -> list[bool] | None:  # for each token whether the assistant generates it; None where that is not marked
+    "What a template marks as generated."
+    written = template.get("chat_template") or getattr(tokenizer, "chat_template", None)
+    if not isinstance(written, str) or not GENERATION_MARK.search(written):
+        return None
+    asked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = tokenizer.apply_chat_template(messages, **template, **asked)
+    marks = found.get("assistant_masks")
+    return list(map(bool, marks)) if marks and list(found["input_ids"]) == ids else None
+
+# %% ../../nbs/reference/steer/turns.ipynb #cc156f24
+def _begun_at_marks(turns: list[int | None], marks: list[bool] | None) -> list[int | None]:
+    "Turns that begin where the mark before their content does."
+    begun = list(turns)
+    for at in range(len(turns) - 2, -1, -1) if marks else ():
+        if marks and marks[at] and begun[at] is None and (begun[at + 1] is not None and marks[at + 1]):
+            begun[at] = begun[at + 1]
+    return begun
+
 # %% ../../nbs/reference/steer/turns.ipynb #52daa7f9
 def rendered_turns(
     tokenizer: Any,  # a fast one, with a chat template
     contents: Sequence[str],  # of user and assistant in turn
+    system: str | None = None,  # a system message before them
     **template: Any,  # arguments of the chat template
 ) -> Rendered:
     "A conversation as ids. Raises ValueError where its contents are not found in what the template writes."
     messages = [{"role": ROLES[n % 2], "content": content} for n, content in enumerate(contents)]
-    text, spans, end = tokenizer.apply_chat_template(messages, tokenize=False, **template), [], 0
-    for content in contents:
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    text, spans, end = _rendered_text(tokenizer, messages, template), [], 0
+    for content in (message["content"] for message in messages):
         begin = text.find(content, end)
         if begin < 0:
             raise ValueError(f"The chat template does not write {content!r} as it is, so its turns cannot be told.")
@@ -67,7 +113,9 @@ def rendered_turns(
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("Turns are found with a fast tokenizer, which tells where its tokens lie in the text.")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return Rendered(list(found["input_ids"]), [_turn_at(a, b, spans) for a, b in found["offset_mapping"]])
+    ids, turns = list(found["input_ids"]), [_turn_at(a, b, spans) for a, b in found["offset_mapping"]]
+    turns = _begun_at_marks(turns, _marked_by_template(tokenizer, messages, ids, template))
+    return Rendered(ids, turns, tuple(message["role"] for message in messages))
 
 # %% ../../nbs/reference/steer/turns.ipynb #7b7e2838
 def _gaps(shown: Rendered) -> list[list[int]]:  # before the first content, between two, behind the last
@@ -95,9 +143,22 @@ def _special_ids(tokenizer: Any) -> set[int]:
     more = added.items() if isinstance(added, Mapping) else ()
     return {*tokenizer.all_special_ids, *(number for number, token in more if token.special)}
 
+# %% ../../nbs/reference/steer/turns.ipynb #5f492cbb
+def _first_header(gaps: list[list[int]], special: set[int]) -> list[int]:
+    "The ids that open the turn that comes first; empty where no ids do only that."
+    first = gaps[0]
+    begins = [n for n in range(len(first) - 1, -1, -1) if first[n] in special]
+    for begin in dict.fromkeys([*begins, 0]):
+        header = first[begin:]
+        if not any(gap[len(gap) - len(header) :] == header for gap in gaps[1:-1]):
+            return header
+    return []
+
 # %% ../../nbs/reference/steer/turns.ipynb #0c6e260d
 def _turn_header(gaps: list[list[int]], role: str, special: set[int]) -> list[int]:
     "The ids that open a turn of a role; empty where there are none that only this role has."
+    if role == "system":
+        return _first_header(gaps, special)
     own, others = (gaps[1:4:2], gaps[2:3]) if role == "assistant" else (gaps[2:3], gaps[1:4:2])
     header = _shared(own)
     differs = max(len(_shared([header, other])) for other in others)
@@ -111,33 +172,35 @@ def _turn_header(gaps: list[list[int]], role: str, special: set[int]) -> list[in
 # %% ../../nbs/reference/steer/turns.ipynb #c1fbbdaf
 def _turn_ending(gaps: list[list[int]], role: str, special: set[int]) -> list[int]:
     "The ids that close a turn of a role."
-    behind = gaps[1:4:2] if role == "user" else [gap for gap in (gaps[2], gaps[4]) if gap]
+    behind = {"system": gaps[1:2], "user": gaps[1:4:2], "assistant": [gap for gap in (gaps[2], gaps[4]) if gap]}[role]
     shared = _shared(behind)
     count = next((n + 1 for n, number in enumerate(shared) if number in special), len(shared))
     return shared[:count]
 
 # %% ../../nbs/reference/steer/turns.ipynb #1d23cefb
 def _holds(region: _Region, shown: Rendered, role: str) -> bool:
-    "Whether a region has every token of the role's contents, and none of the other's."
+    "Whether a region has every token of the role's contents, and none of another's."
     ids = torch.tensor([shown.ids], device=CPU)
     inside = region_mask(region, Layout(0, 1, len(shown.ids), ids=ids))[0][0].tolist()
     pairs = zip(inside, shown.turns, strict=True)
-    return all(chosen == (ROLES[turn % 2] == role) for chosen, turn in pairs if turn is not None)
+    return all(chosen == (shown.roles[turn] == role) for chosen, turn in pairs if turn is not None)
 
 # %% ../../nbs/reference/steer/turns.ipynb #88ca30c3
 def turn_markers(
     tokenizer: Any,  # with a chat template
-    role: str = "assistant",  # or "user"
+    role: str = "assistant",  # or "user", or "system"
     **template: Any,  # arguments of the chat template
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # ids of the header, ids of the ending
     "Between which markers a role speaks. Raises ValueError where its turns cannot be told by markers."
-    if role not in ROLES:
-        raise ValueError(f"Turns are those of {' or '.join(ROLES)}, not of {role!r}.")
+    if role not in (*ROLES, "system"):
+        raise ValueError(f"Turns are those of user, assistant or system, not of {role!r}.")
     if not getattr(tokenizer, "chat_template", None) and "chat_template" not in template:
         raise ValueError(
             "This tokenizer has no chat template, so its texts have no turns. Name markers: Tokens.between(...)."
         )
-    special, shown = _special_ids(tokenizer), [rendered_turns(tokenizer, probe, **template) for probe in PROBES]
+    rules = RULES if role == "system" else (None, None)
+    shown = [rendered_turns(tokenizer, probe, rule, **template) for probe, rule in zip(PROBES, rules, strict=True)]
+    special = _special_ids(tokenizer)
     gaps = _gaps(shown[0])
     opening, closing = _turn_header(gaps, role, special), _turn_ending(gaps, role, special)
     region = _Region("between", tuple(opening), tuple(closing))

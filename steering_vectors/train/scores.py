@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ..model.blocks import input_device, model_dtype, text_config
 from ..modes import undisturbed
+from ..steer.gates import Condition
 from ..steer.operators import BUILT_IN
 from ..steer.steering import Steering
+from .conditions import PlainPart, parts_of_texts, unconditional
 from .continuations import Scored, ScoredPass, log_probabilities, next_logits, packed_passes
 from .continuations import plain_passes, steered_masks
 from .distributed import logger
@@ -198,6 +200,7 @@ class TextScorer:
     ):
         self.model, self.pairs, self.batch_size = model, list(pairs), batch_size
         self._laid: dict[Any, _Laid] = {}
+        self._decided: dict[Condition, list[Tensor]] = {}  # by gate: which tokens of each text are open
 
     def scores(
         self,
@@ -216,23 +219,27 @@ class TextScorer:
         multiplier: float = 1.0,
     ) -> Iterator[tuple[ScoredPass, Tensor]]:  # each pass with (k, vocabulary) at its wanted places
         "The logits that predict the continuations, one pass after another."
-        blocks = blocks_below(self.model, steerings)
-        way = _way_of(self.model, self.pairs, steerings, multiplier, len(blocks))
-        laid, blocks = self._layout(steerings, way), blocks[: way.below]
+        blocks, parts = blocks_below(self.model, steerings), self._parts(steerings)
+        way = _way_of(self.model, self.pairs, [unconditional(how) for how in steerings], multiplier, len(blocks))
+        laid, blocks = self._layout([part.masks for part in parts], way), blocks[: way.below]
         if multiplier == 0 and len(blocks) not in laid.kept:
             blocks = []
         for i, now in enumerate(laid.passes):
             with ExitStack() as stack:
                 if blocks:
                     stack.enter_context(passing_over(blocks, self._kept(laid, blocks)[i]))
-                if steerings and multiplier:
-                    stack.enter_context(steered_pass(self.model, steerings, multiplier, now.masks))
+                if parts and multiplier:
+                    each = [part.steering for part in parts]
+                    stack.enter_context(steered_pass(self.model, each, multiplier, now.masks))
                 logits = next_logits(self.model, now)
             yield now, logits
 
-    def _layout(self, steerings: Sequence[Steering], way: ScoringWay) -> _Laid:
-        "The passes that suit these steerings, made once."
-        masks = [steered_masks(how.selection, self.pairs) for how in steerings]
+    def _parts(self, steerings: Sequence[Steering]) -> list[PlainPart]:
+        "The steerings without their gates and schedules, and which tokens each means."
+        return parts_of_texts(self.model, steerings, self.pairs, self._decided)
+
+    def _layout(self, masks: Sequence[list[Tensor] | None], way: ScoringWay) -> _Laid:
+        "The passes that suit steerings with these tokens, made once."
         told = tuple(None if own is None else tuple(map(tuple, (m.tolist() for m in own))) for own in masks)
         key = (way.packed, way.by_kind, told)
         if key not in self._laid:

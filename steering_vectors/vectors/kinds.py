@@ -66,11 +66,11 @@ def kind_of(
             return kind
     if start.startswith(b"PK\x03\x04"):
         return kind_of_zip(path)
-    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        return "pickle"
-    header_length = int.from_bytes(start[:8], "little")
+    header_length = int.from_bytes(start[:8], "little")  # may begin as a pickle does: 640 is 80 02
     if start[8:9] == b"{" and header_length < os.path.getsize(path):
         return "safetensors"
+    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return "pickle"
     return kind_of_text(start)
 
 # %% ../../nbs/reference/vectors/kinds.ipynb #044000f4

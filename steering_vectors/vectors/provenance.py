@@ -78,7 +78,7 @@ COUNTS = ("hidden_size", "num_layers", "num_pairs", "num_positive", "num_negativ
 OPEN = ("extra", "later", "texts")
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #07f828f9
-OWN_FIELDS = ("format", "steering_vector", "sha256")
+OWN_FIELDS = ("format", "steering_vector", "sha256", "steering_settings", "settings_sha256")
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #8783b778
 KNOWN_FIELDS = frozenset({f.name for f in fields(Provenance)} | {"format_version", "layer_type", "checksum"})
