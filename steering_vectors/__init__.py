@@ -49,6 +49,8 @@ from .steer.strengths import decay as decay
 from .steer.strengths import ramp as ramp
 from .steer.verdicts import Decisions as Decisions
 from .train.gating import train_gate as train_gate
+from .train.readers import Reader as Reader
+from .train.readers import train_reader as train_reader
 from .vectors.baking import bake as bake
 from .evaluate.sweeps import sweep as sweep
 from .evaluate.shifts import next_token_shift as next_token_shift
