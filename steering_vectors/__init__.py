@@ -59,6 +59,10 @@ from .evaluate.effects import answer_gap as answer_gap
 from .evaluate.effects import text_loss as text_loss
 from .evaluate.calibration import divergence as divergence
 from .evaluate.calibration import calibrate as calibrate
+from .evaluate.tuning import tune as tune
+from .evaluate.anchors import prompt_effect as prompt_effect
+from .evaluate.anchors import few_shot as few_shot
+from .evaluate.anchors import random_direction as random_direction
 from .evaluate.geometry import similarity as similarity
 from .evaluate.projections import projections as projections
 from .evaluate.marks import steered_tokens as steered_tokens
@@ -67,6 +71,10 @@ from .evaluate.sweeps import Sweep as Sweep
 from .evaluate.shifts import TokenShift as TokenShift
 from .evaluate.effects import Effect as Effect
 from .evaluate.calibration import Damage as Damage
+from .evaluate.tuning import Tuning as Tuning
+from .evaluate.candidates import TuningRow as TuningRow
+from .evaluate.anchors import PromptEffect as PromptEffect
+from .evaluate.intervals import Estimate as Estimate
 from .train.damage import EVERYDAY_PROMPTS as EVERYDAY_PROMPTS
 from .train.damage import OwnAnswers as OwnAnswers
 from .train.damage import own_answers as own_answers
