@@ -242,15 +242,16 @@ def training_chats(folder: Path, name: str) -> list[tuple[Any, Any]]:
 
 def run_tune(model: Any, tokenizer: Any, folder: Path) -> int:
     "72 other pairs choose and judge; the 36 test pairs check the choice against the middle layer, and the report."
-    ratios, inside, seconds, ours, middle_layer = [], [], [], [], []
+    ratios, inside, seconds, walls, ours, middle_layer = [], [], [], [], [], []
     print(f"{'set':22} chosen   reported                 again, on 36 others      middle layer             seconds")
     for name in SETS:
-        start = time.perf_counter()
+        start, begun = time.process_time(), time.perf_counter()
         found = tune(
             model, tokenizer, training_chats(folder, name), contrasts_of(folder, name, 116, 188), LAYERS,
             read=Tokens.generated, anchors=False,
         )  # fmt: skip
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
+        walls.append(time.perf_counter() - begun)
         middle = next(row for row in found.rows if row.layers == (15,))
         test = contrasts_of(folder, name, 80, 116)
         changes = [
@@ -272,8 +273,9 @@ def run_tune(model: Any, tokenizer: Any, folder: Path) -> int:
             sum(inside) >= 4,
         ),
         (
-            f"six layers at one budget in at most 40 s of two cores: {max(seconds):.0f} s of {torch.get_num_threads()}",
-            max(seconds) <= 40,
+            f"six layers at one budget in at most 40 s of two cores, 80 s of processor time: {max(seconds):.0f} s of it "
+            f"(by the clock {max(walls):.0f} s with {torch.get_num_threads()} threads and whatever else ran)",
+            max(seconds) <= 80,
         ),
     )
 
