@@ -60,6 +60,8 @@ from .evaluate.effects import text_loss as text_loss
 from .evaluate.calibration import divergence as divergence
 from .evaluate.calibration import calibrate as calibrate
 from .evaluate.tuning import tune as tune
+from .evaluate.report import report as report
+from .evaluate.writing import text_shift as text_shift
 from .evaluate.anchors import prompt_effect as prompt_effect
 from .evaluate.anchors import few_shot as few_shot
 from .evaluate.anchors import random_direction as random_direction
@@ -72,10 +74,13 @@ from .evaluate.shifts import TokenShift as TokenShift
 from .evaluate.effects import Effect as Effect
 from .evaluate.calibration import Damage as Damage
 from .evaluate.tuning import Tuning as Tuning
+from .evaluate.cards import Report as Report
+from .evaluate.writing import TextShift as TextShift
 from .evaluate.candidates import TuningRow as TuningRow
 from .evaluate.anchors import PromptEffect as PromptEffect
 from .evaluate.intervals import Estimate as Estimate
 from .train.damage import EVERYDAY_PROMPTS as EVERYDAY_PROMPTS
+from .evaluate.writing import WRITING_PROMPTS as WRITING_PROMPTS
 from .train.damage import OwnAnswers as OwnAnswers
 from .train.damage import own_answers as own_answers
 from .evaluate.geometry import Similarity as Similarity
@@ -95,6 +100,8 @@ from .display.plots import plot_projections as plot_projections
 from .display.plots import plot_replies as plot_replies
 from .display.plots import plot_norms as plot_norms
 from .display.plots import plot_contrast as plot_contrast
+from .display.evidences import plot_tuning as plot_tuning
+from .display.evidences import plot_report as plot_report
 from .display.controls import Control as Control
 from .display.sliders import Setting as Setting
 from .display.sliders import Range as Range

@@ -140,7 +140,7 @@ def _log_probabilities(scorer: TextScorer) -> dict[int, Tensor]:  # answer -> (c
         found |= {n: logs[at.to(logs.device)] for n, at in zip(now.numbers, now.places, strict=True)}
     return found
 
-# %% ../../nbs/reference/evaluate/anchors.ipynb #74165699
+# %% ../../nbs/reference/evaluate/anchors.ipynb #e680bce8
 def prompt_effect(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -170,16 +170,16 @@ def prompt_effect(
     with undisturbed(model):
         gaps = [_gap(model, pairs, batch_size) for pairs in (plain, told)]
         after = [(row, answer) for row, (_, answer) in zip(rows, own.pairs, strict=True)]
-        return PromptEffect(before, gaps[1] - gaps[0], _moved(model, own.pairs, after, batch_size))
+        return PromptEffect(before, gaps[1] - gaps[0], _moved_apart(model, own.pairs, after, batch_size))
 
-# %% ../../nbs/reference/evaluate/anchors.ipynb #3fb8a3b1
+# %% ../../nbs/reference/evaluate/anchors.ipynb #7610e1db
 def _gap(model: Any, pairs: Sequence[Scored], batch_size: int | None) -> Tensor:  # (n,)
     "The gap of each two completions."
     scores = TextScorer(model, pairs, batch_size).scores((), 0.0)
     return scores[0::2] - scores[1::2]
 
 
-def _moved(model: Any, plain: Sequence[Scored], told: Sequence[Scored], batch_size: int | None) -> Tensor:  # (p,)
+def _moved_apart(model: Any, plain: Sequence[Scored], told: Sequence[Scored], batch_size: int | None) -> Tensor:  # (p,)
     "How far the words in front move the probabilities at each answer."
     own, other = (_log_probabilities(TextScorer(model, list(pairs), batch_size)) for pairs in (plain, told))
     return torch.stack([kl_per_token(own[n], other[n]).mean().cpu() for n in range(len(plain))])

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_MEASURED', 'strength_name', 'Report']
 
-# %% ../../nbs/reference/evaluate/cards.ipynb #def96e91
-from collections.abc import Sequence
+# %% ../../nbs/reference/evaluate/cards.ipynb #efc2250d
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from .calibration import Damage
-from .candidates import TuningRow
+from .candidates import TuningRow, chance_effect
 from .effects import Contrast, Effect
 from .intervals import Estimate, estimate, verdict
 from .results import signed
@@ -55,7 +54,7 @@ NOT_MEASURED = (
     "Intervals are over the items, not over training texts or models."
 )
 
-# %% ../../nbs/reference/evaluate/cards.ipynb #e2b160cf
+# %% ../../nbs/reference/evaluate/cards.ipynb #837aa29f
 @dataclass(frozen=True, eq=False, repr=False)
 class Report:
     "The card of a steering: whether it works, what it costs, and how sure that is."
@@ -110,7 +109,7 @@ class Report:
         "What was found, in one sentence or two."
         cost, n = self.cost.value, len(self.contrasts)
         start = f"Multiplier 1 moves the gap by {self.up} nats per token at {cost:.2f} nats of damage ({strength_name(cost)})"
-        wrong = f"{round(self.wrong_way * n)} of {n} items go the wrong way. {verdict(self.up)}"
+        wrong = f"{round(self.wrong_way * n)} of {n} items go the wrong way. {verdict(self.up, chance_effect(self.anchors))}"
         return f"{start}; {wrong} {_of_texts(self.shift)}".strip()
 
     @property
@@ -208,8 +207,8 @@ def _as_dict(report: Report) -> dict[str, Any]:
         found["predicted_shift"] = report.predicted_shift
     return found
 
-# %% ../../nbs/reference/evaluate/cards.ipynb #e90e29c4
-def _curve(report: Report) -> str:
+# %% ../../nbs/reference/evaluate/cards.ipynb #eb255881
+def _curve_picture(report: Report) -> str:
     "The gap at each multiplier against its damage, as a picture."
     zero = report.gap[0.0]
     points = [(cost, gap - zero) for gap, cost in zip(report.gap.mean, report.damage.mean, strict=True)]
@@ -224,11 +223,11 @@ def _curve(report: Report) -> str:
     label = "The gap against the root of the damage"
     return f'<svg width="220" height="64" role="img" aria-label="{label}"><title>{label}</title>{"".join(lines)}{dots}</svg>'
 
-# %% ../../nbs/reference/evaluate/cards.ipynb #485334fd
+# %% ../../nbs/reference/evaluate/cards.ipynb #24d3cadc
 def _as_page(report: Report) -> str:
     "A report as markup."
     parts = [f"<p><b>{escape(report.sentence)}</b></p>", html_table(["multiplier 1", "value [90 %]"], _number_rows(report))]
-    parts.append(_curve(report))
+    parts.append(_curve_picture(report))
     worst = _worst_lines(report)
     if worst:
         items = "".join(f"<li>{escape(line)}</li>" for line in worst)

@@ -72,15 +72,18 @@ def estimate(
     low, high = each[numbers].mean(1).quantile(ends).tolist()
     return Estimate(float(each.mean()), low, high, len(each))
 
-# %% ../../nbs/reference/evaluate/intervals.ipynb #08575d07
+# %% ../../nbs/reference/evaluate/intervals.ipynb #0ed4eef0
 def verdict(
     effect: Estimate,
+    chance: float = 0.0,  # what random directions of the same damage do
 ) -> str:
     "What an effect on held-out items shows, in words."
     if effect.low is None:
         return f"{effect.n} items are too few for an interval."
-    if effect.low > 0:
+    if effect.low > abs(chance):
         return "The effect is there."
+    if effect.low > 0:
+        return f"It is no clearer than what a random direction of the same damage does, {chance:+.2f}."
     if effect.value < 0 and effect.excludes_zero:
         return "It moves them the wrong way: are the labels turned round?"
     return "These items show no effect."

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Tuning', 'tune']
 
-# %% ../../nbs/reference/evaluate/tuning.ipynb #07ae353a
+# %% ../../nbs/reference/evaluate/tuning.ipynb #488da5af
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .anchors import prompt_effect, random_direction
-from .candidates import Bench, TuningRow, VectorRecipe, completion_pairs
-from .candidates import layers_to_try, named_methods, trained_vectors
+from .candidates import Bench, TuningRow, VectorRecipe, chance_effect
+from .candidates import completion_pairs, layers_to_try, named_methods, trained_vectors
 from .effects import Contrast, _contrasts
 from .heldout import halves, kept_samples, repeated
 from .intervals import verdict
@@ -51,7 +51,7 @@ layer as one would use it untuned, and, where they are given, words in front of 
 Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/tuning.html
 """
 
-# %% ../../nbs/reference/evaluate/tuning.ipynb #74533e3f
+# %% ../../nbs/reference/evaluate/tuning.ipynb #1ac9a359
 @dataclass(frozen=True, eq=False, repr=False)
 class Tuning(_Tabular):
     "Which layer and method, and what they do on items that had no part in the choice."
@@ -85,7 +85,7 @@ class Tuning(_Tabular):
         row = self.chosen
         layers = ", ".join(map(str, row.layers))
         start = f"Layer {layers}, {row.method}: {row.effect} nats per token at {row.kl:.2f} nats of damage"
-        return f"{start}; {row.wrong_way:.0%} of {row.effect.n} items go the wrong way. {verdict(row.effect)}"
+        return f"{start}; {row.wrong_way:.0%} of {row.effect.n} items go the wrong way. {verdict(row.effect, chance_effect(self.rows))}"
 
     @property
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[str]], str]:
@@ -120,7 +120,7 @@ def _requests(prompts: Any, before: Any) -> tuple[list[Any], str]:
         return list(EVERYDAY_PROMPTS[::3]), f"{len(EVERYDAY_PROMPTS[::3])} everyday prompts"
     return list(prompts), ""
 
-# %% ../../nbs/reference/evaluate/tuning.ipynb #d7952a3e
+# %% ../../nbs/reference/evaluate/tuning.ipynb #e828612f
 def tune(
     model: "PreTrainedModel",  # not changed
     tokenizer: "PreTrainedTokenizerBase",
@@ -160,7 +160,7 @@ def tune(
     damage = DamageScorer(model, replace(answers, what=what or answers.what), batch_size)
     bench = Bench(model, tokenizer, scorer, damage, len(choose), kl, {"tokens": tokens, "layer_config": layer_config})
     candidates = [(name, vector[n]) for n in tried for name, vector in trained.items()] + list((vectors or {}).items())
-    rows = _chosen(_measured(bench, candidates, progress))
+    rows = _with_the_best(_measured(bench, candidates, progress))
     if anchors:
         plain = next(iter(trained.values()))[middle]
         rows.append(bench.calibrated("random direction", random_direction(plain, seed), "anchor"))
@@ -170,7 +170,7 @@ def tune(
         rows.append(TuningRow((), name, found.effect, found.wrong_way, found.damage.value, kind="anchor"))
     return Tuning(tuple(rows), kl, len(choose), tuple(notes))
 
-# %% ../../nbs/reference/evaluate/tuning.ipynb #d62e9a82
+# %% ../../nbs/reference/evaluate/tuning.ipynb #68f014b6
 def _measured(bench: Bench, candidates: Sequence[tuple[str, SteeringVector]], progress: Any) -> list[TuningRow]:
     "One row for each candidate."
     rows = []
@@ -181,7 +181,7 @@ def _measured(bench: Bench, candidates: Sequence[tuple[str, SteeringVector]], pr
     return rows
 
 
-def _chosen(rows: list[TuningRow]) -> list[TuningRow]:
+def _with_the_best(rows: list[TuningRow]) -> list[TuningRow]:
     "The rows, of which the one that chooses best is marked."
     best = max(rows, key=lambda row: row.by_choosers)
     return [replace(row, chosen=row is best) for row in rows]

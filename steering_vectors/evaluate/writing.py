@@ -63,8 +63,8 @@ WRITING_PROMPTS: tuple[str, ...] = (
     "Give me some advice for this year.",
 )
 
-# %% ../../nbs/reference/evaluate/writing.ipynb #098beb83
-def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
+# %% ../../nbs/reference/evaluate/writing.ipynb #2d34ca27
+def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
     "Rows of ids, padded on the left."
     longest = max(map(len, rows))
     ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
@@ -72,14 +72,14 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, T
     names = ("input_ids", "attention_mask")
     return {name: torch.tensor(x, device=device) for name, x in zip(names, (ids, mask), strict=True)}
 
-# %% ../../nbs/reference/evaluate/writing.ipynb #1c27a5d2
+# %% ../../nbs/reference/evaluate/writing.ipynb #a76bca9e
 def _answered(
     model: Any, tokenizer: Any, subject: Subject, asked: Sequence[list[int]], multipliers: Sequence[float], length: int
 ) -> list[list[Scored]]:  # for each multiplier, each question's ids and those of its answer
     "Greedy answers to every question at every multiplier, each up to its end and at least one token long."
     rows = [row for _ in multipliers for row in asked]
     each = [m for m in multipliers for _ in asked]
-    batch = _padded(rows, _padding_id(tokenizer), model.device)
+    batch = _left_padded(rows, _padding_id(tokenizer), model.device)
     with undisturbed(model), subject.apply(model, each, batch):
         out = model.generate(
             **batch, max_new_tokens=length, do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1,

@@ -56,7 +56,7 @@ def _plain_cell(text: Any) -> str:
     "A text that stays in its cell of a table."
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
-# %% ../../nbs/reference/vectors/evidence.ipynb #a78d036a
+# %% ../../nbs/reference/vectors/evidence.ipynb #65676791
 def report_section(
     story: Provenance,
 ) -> str:  # Markdown; empty where there is no report
@@ -71,8 +71,9 @@ def report_section(
     }  # fmt: skip
     rows = [f"| {name} | {_estimate_text(value)} |" for name, value in numbers.items() if _estimate_text(value)]
     texts = known.get("texts")
-    shown = [f"| {m} | {_plain_cell(text)} |" for m, text in texts.items()] if isinstance(texts, Mapping) else []
-    notes = [f"- {_plain_cell(note)}" for note in known.get("notes") or [] if isinstance(note, str)]
+    shown = [f"| {_plain_cell(m)} | {_plain_cell(text)} |" for m, text in texts.items()] if isinstance(texts, Mapping) else []
+    told = known.get("notes")
+    notes = [f"- {_plain_cell(note)}" for note in told if isinstance(note, str)] if isinstance(told, list) else []
     parts = ["## What was measured", _plain_cell(known["sentence"])]
     parts.append("\n".join(["| multiplier 1 | value [90 %] |", "| --- | --- |", *rows]))
     if shown:
