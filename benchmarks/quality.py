@@ -3,6 +3,8 @@
 
     python benchmarks/quality.py divergence --data DIR   # damage is 0 at 0 and goes with the square of the multiplier
     python benchmarks/quality.py calibrate --data DIR    # 5 sets x 6 layers: measurements needed, and other requests
+    python benchmarks/quality.py tune --data DIR         # layer chosen by evidence against the middle one; what it reports, checked again
+    python benchmarks/quality.py anchors --data DIR      # random direction, untuned vector, instruction, examples on the same items
     python benchmarks/quality.py speed --data DIR        # one layer and multiplier of 36 pairs, new way against plain batches
     python benchmarks/quality.py divergence calibrate --data DIR   # several in one run train their vectors once
 
@@ -23,8 +25,19 @@ from typing import Any
 
 import torch
 
-from steering_vectors import SteeringVector, Tokens, calibrate, divergence, own_answers, train_steering_vector
+from steering_vectors import (
+    SteeringVector,
+    Tokens,
+    calibrate,
+    completion_gap,
+    divergence,
+    few_shot,
+    own_answers,
+    train_steering_vector,
+    tune,
+)
 from steering_vectors.demo import load_demo_model
+from steering_vectors.evaluate.intervals import estimate
 from steering_vectors.train import scores as scores_room
 from steering_vectors.train.continuations import plain_passes
 from steering_vectors.train.damage import DamageScorer
@@ -58,12 +71,18 @@ UNSEEN = [  # requests that are not among the everyday prompts
 
 def pairs_of(folder: Path, name: str, seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     "Pairs of a matching and another statement: 80 to train, 36 others to test."
+    pairs = all_pairs(folder, name, seed)
+    return pairs[:80], pairs[80:116]
+
+
+@functools.cache
+def all_pairs(folder: Path, name: str, seed: int = 0) -> list[tuple[str, str]]:
+    "Every pair of a set, in the order of its seed."
     rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     sides = [[r["statement"] for r in rows if r["answer_matching_behavior"].strip() == word] for word in ("Yes", "No")]
     for side in sides:
         random.Random(seed).shuffle(side)
-    pairs = list(zip(*sides, strict=False))
-    return pairs[:80], pairs[80:116]
+    return list(zip(*sides, strict=False))
 
 
 @functools.cache
@@ -208,7 +227,103 @@ def run_speed(model: Any, tokenizer: Any, folder: Path, rounds: int = 3) -> int:
     )
 
 
-COMMANDS = {"divergence": run_divergence, "calibrate": run_calibrate, "speed": run_speed}
+def contrasts_of(folder: Path, name: str, first: int, last: int) -> list[tuple[str, str, str]]:
+    "Pairs of a set as contrasts, under the question of the tests."
+    return [(TEST_QUESTION, good, bad) for good, bad in all_pairs(folder, name)[first:last]]
+
+
+def training_chats(folder: Path, name: str) -> list[tuple[Any, Any]]:
+    "The 80 training pairs as conversations."
+    asked = {"role": "user", "content": TRAINING_QUESTION}
+    return [
+        tuple([asked, {"role": "assistant", "content": text}] for text in both) for both in pairs_of(folder, name)[0]
+    ]
+
+
+def run_tune(model: Any, tokenizer: Any, folder: Path) -> int:
+    "72 other pairs choose and judge; the 36 test pairs check the choice against the middle layer, and the report."
+    ratios, inside, seconds, walls, ours, middle_layer = [], [], [], [], [], []
+    print(f"{'set':22} chosen   reported                 again, on 36 others      middle layer             seconds")
+    for name in SETS:
+        start, begun = time.process_time(), time.perf_counter()
+        found = tune(
+            model, tokenizer, training_chats(folder, name), contrasts_of(folder, name, 116, 188), LAYERS,
+            read=Tokens.generated, anchors=False,
+        )  # fmt: skip
+        seconds.append(time.process_time() - start)
+        walls.append(time.perf_counter() - begun)
+        middle = next(row for row in found.rows if row.layers == (15,))
+        test = contrasts_of(folder, name, 80, 116)
+        changes = [
+            completion_gap(model, tokenizer, row.steering, test, [0, 1]).values for row in (found.chosen, middle)
+        ]
+        again, other = (estimate(values[:, 1] - values[:, 0]) for values in changes)
+        ours.append(again.value), middle_layer.append(other.value)
+        ratios.append(again.value / other.value)
+        inside.append(found.chosen.effect.value in again)
+        layer = found.chosen.layers[0]
+        shown = [str(e) for e in (found.chosen.effect, again, other)]
+        print(f"{name:22} L{layer:<6} " + " ".join(f"{x:24}" for x in shown) + f" {seconds[-1]:.0f}", flush=True)
+    pooled = sum(ours) / sum(middle_layer)
+    return marks(
+        (f"at least 0.95 of always taking the middle layer, pooled: {pooled:.2f}", pooled >= 0.95),
+        (f"never under 0.8 on one set: {min(ratios):.2f} to {max(ratios):.2f}", min(ratios) >= 0.8),
+        (
+            f"the reported effect lies within the interval of a second test half in 4 of 5 sets: {sum(inside)}",
+            sum(inside) >= 4,
+        ),
+        (
+            f"six layers at one budget in at most 40 s of two cores, 80 s of processor time: {max(seconds):.0f} s of it "
+            f"(by the clock {max(walls):.0f} s with {torch.get_num_threads()} threads and whatever else ran)",
+            max(seconds) <= 80,
+        ),
+    )
+
+
+INSTRUCTIONS = {
+    "agreeableness": "You are a very kind and agreeable person.",
+    "interest-in-science": "You are a person with a deep interest in science.",
+    "politically-liberal": "You are a person with liberal political views.",
+    "openness": "You are a person who is open to new experiences and ideas.",
+    "interest-in-art": "You are a person with a deep interest in art.",
+}
+
+
+def run_anchors(model: Any, tokenizer: Any, folder: Path) -> int:
+    "What the middle layer's vector does at 0.1 nats, beside a random direction, an instruction and four examples."
+    kept: dict[str, list[Any]] = {}
+    for name in SETS:
+        chats = training_chats(folder, name)
+        before = {"instruction": INSTRUCTIONS[name], "four examples": few_shot(chats)}
+        found = tune(
+            model, tokenizer, chats, contrasts_of(folder, name, 80, 116), 15, test=0.85,
+            read=Tokens.generated, before=before,
+        )  # fmt: skip
+        print(f"{name}\n{found!r}\n", flush=True)
+        for row in found.rows:
+            kept.setdefault(row.method, []).append(row)
+    for method, rows in kept.items():
+        effect, wrong, cost = (
+            statistics.mean(x) for x in zip(*[(r.effect.value, r.wrong_way, r.kl) for r in rows], strict=True)
+        )
+        print(f"{method:24} effect {effect:+.2f}  wrong way {wrong:.0%}  damage {cost:.2f}")
+    random_rows = kept["random direction"]
+    return marks(
+        (
+            "a random direction's effect is below a third of the mean's",
+            statistics.mean(r.effect.value for r in random_rows)
+            <= statistics.mean(r.effect.value for r in kept["mean"]) / 3,
+        )
+    )
+
+
+COMMANDS = {
+    "divergence": run_divergence,
+    "calibrate": run_calibrate,
+    "tune": run_tune,
+    "anchors": run_anchors,
+    "speed": run_speed,
+}
 
 
 def main() -> int:

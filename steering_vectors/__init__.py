@@ -53,6 +53,8 @@ from .steer.strengths import decay as decay
 from .steer.strengths import ramp as ramp
 from .steer.verdicts import Decisions as Decisions
 from .train.gating import train_gate as train_gate
+from .train.readers import Reader as Reader
+from .train.readers import train_reader as train_reader
 from .vectors.baking import bake as bake
 from .evaluate.sweeps import sweep as sweep
 from .evaluate.shifts import next_token_shift as next_token_shift
@@ -61,6 +63,12 @@ from .evaluate.effects import answer_gap as answer_gap
 from .evaluate.effects import text_loss as text_loss
 from .evaluate.calibration import divergence as divergence
 from .evaluate.calibration import calibrate as calibrate
+from .evaluate.tuning import tune as tune
+from .evaluate.report import report as report
+from .evaluate.writing import text_shift as text_shift
+from .evaluate.anchors import prompt_effect as prompt_effect
+from .evaluate.anchors import few_shot as few_shot
+from .evaluate.anchors import random_direction as random_direction
 from .evaluate.geometry import similarity as similarity
 from .evaluate.projections import projections as projections
 from .evaluate.marks import steered_tokens as steered_tokens
@@ -69,7 +77,14 @@ from .evaluate.sweeps import Sweep as Sweep
 from .evaluate.shifts import TokenShift as TokenShift
 from .evaluate.effects import Effect as Effect
 from .evaluate.calibration import Damage as Damage
+from .evaluate.tuning import Tuning as Tuning
+from .evaluate.cards import Report as Report
+from .evaluate.writing import TextShift as TextShift
+from .evaluate.candidates import TuningRow as TuningRow
+from .evaluate.anchors import PromptEffect as PromptEffect
+from .evaluate.intervals import Estimate as Estimate
 from .train.damage import EVERYDAY_PROMPTS as EVERYDAY_PROMPTS
+from .evaluate.writing import WRITING_PROMPTS as WRITING_PROMPTS
 from .train.damage import OwnAnswers as OwnAnswers
 from .train.damage import own_answers as own_answers
 from .evaluate.geometry import Similarity as Similarity
@@ -89,6 +104,8 @@ from .display.plots import plot_projections as plot_projections
 from .display.plots import plot_replies as plot_replies
 from .display.plots import plot_norms as plot_norms
 from .display.plots import plot_contrast as plot_contrast
+from .display.evidences import plot_tuning as plot_tuning
+from .display.evidences import plot_report as plot_report
 from .display.controls import Control as Control
 from .display.sliders import Setting as Setting
 from .display.sliders import Range as Range

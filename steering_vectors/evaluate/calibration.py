@@ -26,6 +26,7 @@ from ..steer.steering import Steering
 from ..train.chats import Template
 from ..train.damage import DamageScorer, OwnAnswers, own_answers
 from ..train.prompts import Prompt
+from ..vectors.evidence import without_report
 from ..vectors.provenance import Provenance
 from ..vectors.strengths import calibration_of
 from ..vectors.vector import SteeringVector
@@ -308,7 +309,7 @@ def _calibrated(steering: Calibratable, factor: float, facts: dict[str, Any]) ->
     if not isinstance(vector, SteeringVector):
         vector = SteeringVector(dict(vector), "decoder_block")  # type: ignore[arg-type]
     longer = {n: a * factor for n, a in vector.layer_activations.items()}
-    story = replace(vector.provenance, suggested_multiplier=1.0, later={})
+    story = replace(without_report(vector.provenance), suggested_multiplier=1.0, later={})
     story = replace(story, extra={**story.extra, "calibration": facts})
     scaled = replace(vector, layer_activations=longer, provenance=story)
     return replace(steering, vector=scaled, multiplier=1.0) if isinstance(steering, Steering) else scaled

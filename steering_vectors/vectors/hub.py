@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_down
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from .evidence import report_section
 from .files import VectorData, load_file, save_file, write_atomically
 from .headers import read_json, write_header
 from .provenance import COUNTS, KNOWN_FIELDS, TEXTS
@@ -64,7 +65,7 @@ with vector.apply(model, multiplier={multiplier:g}):
 
 {table}
 
-{facts}
+{report}{facts}
 """
 
 # %% ../../nbs/reference/vectors/hub.ipynb #724d7daa
@@ -72,12 +73,14 @@ def card_text(vector: VectorData) -> str:  # Markdown
     "The text of a vector's README."
     provenance = vector.provenance
     facts = {k: v for k, v in vars(provenance).items() if k in TEXTS + COUNTS and k != "note" and v is not None}
+    section = report_section(provenance)
     return CARD.format(
         model=f"`{provenance.model_id}`" if provenance.model_id else "an unnamed model",
         note=provenance.note or "Its author left no note about what it does.",
         layer_type=vector.layer_type,
         multiplier=1 if provenance.suggested_multiplier is None else provenance.suggested_multiplier,
         table=card_table(vector),
+        report=f"{section}\n\n" if section else "",
         facts="\n".join(f"- {k.replace('_', ' ')}: {v}" for k, v in facts.items()),
     )
 

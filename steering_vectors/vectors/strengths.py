@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from .evidence import without_report
 from .provenance import Provenance
 
 # %% ../../nbs/reference/vectors/strengths.ipynb #d0c57219
@@ -42,6 +43,7 @@ def rescaled_story(
     factor: float,  # by which the vector was multiplied
 ) -> Provenance:
     "The story of a vector that was multiplied, with its calibration in the new unit."
+    story = story if factor == 1 else without_report(story)
     known = calibration_of(story)
     if known is None:
         return story
@@ -54,7 +56,8 @@ def rescaled_story(
 def uncalibrated(
     story: Provenance,
 ) -> Provenance:
-    "The story without its calibration, where it has one."
+    "The story without its calibration and its report, where it has one."
+    story = without_report(story)
     if "calibration" not in story.extra:
         return story
     rest = {name: value for name, value in story.extra.items() if name != "calibration"}
