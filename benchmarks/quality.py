@@ -3,6 +3,8 @@
 
     python benchmarks/quality.py divergence --data DIR   # damage is 0 at 0 and goes with the square of the multiplier
     python benchmarks/quality.py calibrate --data DIR    # 5 sets x 6 layers: measurements needed, and other requests
+    python benchmarks/quality.py optimize --data DIR     # vectors learned by gradient against the mean difference, at equal damage
+    python benchmarks/quality.py optimize_more --data DIR    # further ways of learning: steps, BiPO, response tokens, two layers
     python benchmarks/quality.py speed --data DIR        # one layer and multiplier of 36 pairs, new way against plain batches
     python benchmarks/quality.py divergence calibrate --data DIR   # several in one run train their vectors once
 
@@ -23,7 +25,16 @@ from typing import Any
 
 import torch
 
-from steering_vectors import SteeringVector, Tokens, calibrate, divergence, own_answers, train_steering_vector
+from steering_vectors import (
+    SteeringVector,
+    Tokens,
+    calibrate,
+    completion_gap,
+    divergence,
+    optimize_steering_vector,
+    own_answers,
+    train_steering_vector,
+)
 from steering_vectors.demo import load_demo_model
 from steering_vectors.train import scores as scores_room
 from steering_vectors.train.continuations import plain_passes
@@ -208,7 +219,120 @@ def run_speed(model: Any, tokenizer: Any, folder: Path, rounds: int = 3) -> int:
     )
 
 
+def contrasts_of(folder: Path, name: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    "The pairs of a set as contrasts under the question of training, and under another one for the test."
+    training, test = pairs_of(folder, name)
+    return [(TRAINING_QUESTION, *both) for both in training], [(TEST_QUESTION, *both) for both in test]
+
+
+def both_ways(model: Any, tokenizer: Any, vector: SteeringVector, test: list[tuple[str, str, str]]) -> torch.Tensor:
+    "How far each test pair moves, (n, 2): up at multiplier 1, and down at the negative one that costs the same."
+    down = vector.provenance.extra["calibration"]["negative"]
+    gap = completion_gap(model, tokenizer, vector, test, multipliers=[0, 1, down]).values.double()
+    return torch.stack([gap[:, 1] - gap[:, 0], gap[:, 0] - gap[:, 2]], 1)
+
+
+def ratio_interval(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], rounds: int = 2000
+) -> tuple[float, float, float]:
+    "The ratio of two pooled effects, and its 90 % interval by bootstrap over the items within each set."
+    draw, found = torch.Generator().manual_seed(0), []
+    for _ in range(rounds):
+        at = [torch.randint(len(some), (len(some),), generator=draw) for some in ours]
+        sums = [sum(float(x[i].mean()) for x, i in zip(some, at, strict=True)) for some in (ours, theirs)]
+        found.append(sums[0] / sums[1])
+    low, high = torch.tensor(found).quantile(torch.tensor([0.05, 0.95])).tolist()
+    return sum(float(x.mean()) for x in ours) / sum(float(x.mean()) for x in theirs), low, high
+
+
+def effects_table(effects: dict[str, list[torch.Tensor]], base: str) -> dict[str, tuple[float, float, float]]:
+    "Print the effect of each method, and return its ratio to that of `base` with the interval."
+    print(f"{'method':34}{'up':>7}{'wrong':>7}{'down':>7}{'wrong':>7}   times {base} [90 %]       sets ahead")
+    found = {}
+    for name, some in effects.items():
+        each, base_effects = torch.cat(some), effects[base][: len(some)]
+        found[name] = ratio_interval(some, base_effects)
+        ahead = sum(float(x.mean()) > float(y.mean()) for x, y in zip(some, base_effects, strict=True))
+        wrong = (each < 0).double().mean(0)
+        print(
+            f"{name:34}{each[:, 0].mean():+7.2f}{wrong[0]:7.2f}{each[:, 1].mean():+7.2f}{wrong[1]:7.2f}   "
+            f"{found[name][0]:.2f} [{found[name][1]:.2f}, {found[name][2]:.2f}]{ahead:>12} of {len(some)}",
+            flush=True,
+        )
+    return found
+
+
+def random_direction(model: Any, seed: int) -> SteeringVector:
+    "A direction that means nothing."
+    return SteeringVector({15: torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))})
+
+
+def run_optimize(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> int:
+    "The closed form against the mean difference: gap at equal damage, on pairs and a question that training has not seen."
+    effects: dict[str, list[torch.Tensor]] = {"mean difference": [], "closed form": [], "random direction": []}
+    seconds = []
+    for i, name in enumerate(SETS):
+        training, test = contrasts_of(folder, name)
+        start = time.process_time()
+        learned = optimize_steering_vector(model, tokenizer, training, layer)
+        seconds.append(time.process_time() - start)
+        answers = everyday(model, tokenizer)
+        others = {
+            "mean difference": vector_of(model, tokenizer, folder, name)[layer],
+            "random direction": random_direction(model, i),
+        }
+        made = {"closed form": learned} | {n: calibrate(model, tokenizer, v, 0.1, answers) for n, v in others.items()}
+        for method, vector in made.items():
+            effects[method].append(both_ways(model, tokenizer, vector, test))
+        told = ", ".join(f"{method} {float(some[-1].mean()):+.2f}" for method, some in effects.items())
+        print(f"{name:22} {told}; learned in {seconds[-1]:.1f} s of the processor", flush=True)
+    ratio, low, high = effects_table(effects, "mean difference")["closed form"]
+    ours, means = (effects[n] for n in ("closed form", "mean difference"))
+    ahead = sum(float(x.mean()) > float(y.mean()) for x, y in zip(ours, means, strict=True))
+    wrong, wrong_mean = (float((torch.cat(some) < 0).double().mean()) for some in (ours, means))
+    return marks(
+        (
+            f"gap at least 1.6 times the mean difference's, lower end above 1.3: {ratio:.2f} [{low:.2f}, {high:.2f}]",
+            ratio >= 1.6 and low > 1.3,
+        ),
+        (f"ahead on all sets: {ahead} of {len(SETS)}", ahead == len(SETS)),
+        (f"at most 0.10 of the pairs the wrong way: {wrong:.2f} (mean difference {wrong_mean:.2f})", wrong <= 0.10),
+        (f"the first time at most 40 s of one core: {seconds[0]:.1f}", seconds[0] <= 40),
+        (f"the next concept at most 15 s: {max(seconds[1:]):.1f}", max(seconds[1:]) <= 15),
+    )
+
+
+def run_optimize_more(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> int:
+    "Other ways of learning a vector, beside the closed form and the mean difference; nothing is asked of them."
+    ways: dict[str, dict[str, Any]] = {
+        "closed form": {},
+        "closed form + 40 steps": {"steps": 40},
+        "BiPO's loss, 40 steps": {"steps": 40, "objective": "preferences"},
+        "closed form, two layers": {"layer": (12, 18)},
+        "closed form, response tokens": {"tokens": Tokens.response},
+    }
+    effects: dict[str, list[torch.Tensor]] = {"mean difference": [], **{way: [] for way in ways}}
+    answers = everyday(model, tokenizer)
+    for name in SETS:
+        training, test = contrasts_of(folder, name)
+        mean = calibrate(model, tokenizer, vector_of(model, tokenizer, folder, name)[layer], 0.1, answers)
+        effects["mean difference"].append(both_ways(model, tokenizer, mean, test))
+        for way, how in ways.items():
+            learned = optimize_steering_vector(model, tokenizer, training, **({"layer": layer} | how))
+            steering = learned.steering(tokens=how.get("tokens"))
+            down = learned.provenance.extra["calibration"]["negative"]
+            gap = completion_gap(model, tokenizer, steering, test, multipliers=[0, 1, down]).values.double()
+            effects[way].append(torch.stack([gap[:, 1] - gap[:, 0], gap[:, 0] - gap[:, 2]], 1))
+        print(
+            f"{name:22} " + ", ".join(f"{way} {float(some[-1].mean()):+.2f}" for way, some in effects.items()),
+            flush=True,
+        )
+    effects_table(effects, "mean difference")
+    return 0
+
+
 COMMANDS = {"divergence": run_divergence, "calibrate": run_calibrate, "speed": run_speed}
+COMMANDS |= {"optimize": run_optimize, "optimize_more": run_optimize_more}
 
 
 def main() -> int:

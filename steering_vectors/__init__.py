@@ -49,6 +49,9 @@ from .steer.strengths import decay as decay
 from .steer.strengths import ramp as ramp
 from .steer.verdicts import Decisions as Decisions
 from .train.gating import train_gate as train_gate
+from .train.optimizing import optimize_steering_vector as optimize_steering_vector
+from .train.objectives import ContrastScores as ContrastScores
+from .train.objectives import Preferences as Preferences
 from .vectors.baking import bake as bake
 from .evaluate.sweeps import sweep as sweep
 from .evaluate.shifts import next_token_shift as next_token_shift
