@@ -52,6 +52,8 @@ from .train.gating import train_gate as train_gate
 from .train.optimizing import optimize_steering_vector as optimize_steering_vector
 from .train.objectives import ContrastScores as ContrastScores
 from .train.objectives import Preferences as Preferences
+from .train.readers import Reader as Reader
+from .train.readers import train_reader as train_reader
 from .vectors.baking import bake as bake
 from .evaluate.sweeps import sweep as sweep
 from .evaluate.shifts import next_token_shift as next_token_shift
