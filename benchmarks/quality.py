@@ -5,6 +5,7 @@
     python benchmarks/quality.py calibrate --data DIR    # 5 sets x 6 layers: measurements needed, and other requests
     python benchmarks/quality.py optimize --data DIR     # vectors learned by gradient against the mean difference, at equal damage
     python benchmarks/quality.py optimize_more --data DIR    # further ways of learning: steps, BiPO, response tokens, two layers
+    python benchmarks/quality.py texts --data DIR [--pool FILE]    # what the vectors do to texts that the model writes
     python benchmarks/quality.py speed --data DIR        # one layer and multiplier of 36 pairs, new way against plain batches
     python benchmarks/quality.py divergence calibrate --data DIR   # several in one run train their vectors once
 
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from steering_vectors import (
+    Pool,
     SteeringVector,
     Tokens,
     calibrate,
@@ -33,12 +35,17 @@ from steering_vectors import (
     divergence,
     optimize_steering_vector,
     own_answers,
+    predicted_shift,
+    sample_pool,
+    train_reader,
     train_steering_vector,
 )
 from steering_vectors.demo import load_demo_model
 from steering_vectors.train import scores as scores_room
 from steering_vectors.train.continuations import plain_passes
-from steering_vectors.train.damage import DamageScorer
+from steering_vectors.train.curvature import damage_curvature
+from steering_vectors.train.damage import DamageScorer, OwnAnswers
+from steering_vectors.train.gradients import ShiftPlace
 from steering_vectors.train.prompts import continuation_ids
 from steering_vectors.train.scores import ScoringWay, TextScorer
 
@@ -61,6 +68,34 @@ UNSEEN = [  # requests that are not among the everyday prompts
     "Good evening! Any news?",
     "Explain how a rainbow forms.",
     "What can I cook with lentils?",
+]
+
+
+TEXT_QUESTIONS = [  # no vector and no pool has seen these
+    "What did you do today?",
+    "What is your opinion on museums?",
+    "How would you spend a million dollars?",
+    "Tell me what you think about your neighbours.",
+    "What should our government do first?",
+    "Is it better to plan or to improvise?",
+    "What do you like to talk about at dinner?",
+    "Which book would you give to everybody?",
+    "How do you feel when you meet new people?",
+    "What is the point of art?",
+    "Would you rather travel or stay at home?",
+    "What makes you proud?",
+    "Tell me about something that you find boring.",
+    "What would you say to a friend who failed an exam?",
+    "What does the future look like?",
+    "How do you choose what to believe?",
+    "A colleague takes credit for your work. What now?",
+    "What is a good way to spend a Sunday?",
+    "Describe yourself in two sentences.",
+    "What should people stop doing?",
+    "What have you learned from mistakes?",
+    "Do you enjoy being alone?",
+    "What would you change about the world?",
+    "What is the most interesting thing you know?",
 ]
 
 
@@ -262,6 +297,152 @@ def effects_table(effects: dict[str, list[torch.Tensor]], base: str) -> dict[str
     return found
 
 
+def more_pairs(folder: Path, name: str, first: int) -> list[tuple[str, str, str]]:
+    "80 pairs that neither training nor test has, as contrasts."
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    sides = [[r["statement"] for r in rows if r["answer_matching_behavior"].strip() == word] for word in ("Yes", "No")]
+    for side in sides:
+        random.Random(0).shuffle(side)
+    return [(TRAINING_QUESTION, *both) for both in list(zip(*sides, strict=False))[first : first + 80]]
+
+
+def written(
+    model: Any, tokenizer: Any, vector: SteeringVector | None, multiplier: float = 1.0, length: int = 28
+) -> list[Any]:
+    "Greedy answers to the questions, as ids of the question and of the answer."
+    chats = [[{"role": "user", "content": question}] for question in TEXT_QUESTIONS]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    )
+    steered = (vector or random_direction(model, 0)).apply(model, multiplier=multiplier if vector else 0, prompt=batch)
+    with torch.no_grad(), steered:
+        out = model.generate(**batch, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    start, found = batch["input_ids"].shape[1], []
+    for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], out[:, start:].tolist(), strict=True):
+        end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+        found.append((ids[mask.bool()].tolist(), row[:end]))
+    return found
+
+
+def surprise(model: Any, texts: list[Any]) -> float:
+    "How improbable texts are to the unsteered model, in nats per token."
+    with torch.no_grad():
+        return -float(TextScorer(model, texts).scores().mean())
+
+
+def run_texts(model: Any, tokenizer: Any, folder: Path, layer: int = 15, kl: float = 0.1) -> int:
+    "What vectors do to texts that the model writes, at equal damage on everyday and open requests, by readers of other statements."
+    pool = Pool.load(POOL) if POOL else sample_pool(model, tokenizer, layer)
+    place = ShiftPlace.of(model, layer)
+    _, answers = damage_curvature(model, tokenizer, place)
+    both = OwnAnswers((*answers.pairs, *pool.answers(len(answers)).pairs), f"{answers.what} and as many open questions")
+    damage = DamageScorer(model, both)
+    plain = written(model, tokenizer, None)
+    base = surprise(model, plain)
+    print(
+        f"{pool}\n{both}; {len(TEXT_QUESTIONS)} questions, both signs, greedy; unsteered texts have {base:.2f} nats per token"
+    )
+    kinds = ("mean difference", "closed form of choices", "texts", "random direction")
+    readers: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, list[list[Any]]]] = {}
+    gaps: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
+    surprises: dict[str, list[float]] = {kind: [] for kind in kinds}
+    foretold: dict[tuple[str, str, str], float] = {}
+    for i, name in enumerate(SETS):
+        training, test = contrasts_of(folder, name)
+        readers[name] = {
+            "C": train_reader(model, tokenizer, more_pairs(folder, name, 120), 15),
+            "B": train_reader(model, tokenizer, more_pairs(folder, name, 200), 21),
+        }
+        start = time.process_time()
+        by_texts = optimize_steering_vector(model, tokenizer, training, layer, objective="texts", pool=pool)
+        seconds = time.process_time() - start
+        made = {
+            "mean difference": vector_of(model, tokenizer, folder, name)[layer],
+            "closed form of choices": optimize_steering_vector(model, tokenizer, training, layer),
+            "texts": by_texts,
+            "random direction": random_direction(model, i),
+        }
+        scored = {letter: reader.scores(model, tokenizer, pool.pairs) for letter, reader in readers[name].items()}
+        texts[name] = {}
+        for kind, vector in made.items():
+            v = calibrate(model, tokenizer, vector, kl, damage)
+            down = v.provenance.extra["calibration"]["negative"]
+            texts[name][kind] = [written(model, tokenizer, v, m) for m in (1.0, down)]
+            surprises[kind].append(statistics.mean(surprise(model, some) for some in texts[name][kind]))
+            gaps[kind].append(both_ways(model, tokenizer, v, test))
+            for letter, scores in scored.items():
+                foretold[name, kind, letter] = predicted_shift(model, tokenizer, v, pool, scores) * (1 - down) / 2
+        quote = [tokenizer.decode(side[3][1]).replace("\n", " ") for side in texts[name]["texts"]]
+        print(
+            f"{name:22} texts learned in {seconds:.0f} s; surprise {surprises['texts'][-1]:.2f}\n   + {quote[0]}\n   - {quote[1]}",
+            flush=True,
+        )
+    return _texts_judged(model, tokenizer, readers, texts, gaps, surprises, foretold, base)
+
+
+def _texts_judged(
+    model: Any, tokenizer: Any, readers: Any, texts: Any, gaps: Any, surprises: Any, foretold: Any, base: float
+) -> int:
+    "Tables and marks."
+    lines: list[tuple[str, bool]] = []
+    for letter in ("C", "B"):
+        moved: dict[str, list[torch.Tensor]] = {kind: [] for kind in gaps}
+        cells = []
+        for name, kinds in texts.items():
+            for kind, (up, down) in kinds.items():
+                high, low = (readers[name][letter].scores(model, tokenizer, some) for some in (up, down))
+                moved[kind].append((high - low).double() / 2)
+                cells.append((foretold[name, kind, letter], float(moved[kind][-1].mean())))
+        print(
+            f"\nreader {letter}: {next(iter(readers.values()))[letter]}\n{'method':26}{'shift':>7}{'wrong':>7}   times the mean [90 %]   sets ahead   by set"
+        )
+        for kind, some in moved.items():
+            ratio, low_end, high_end = ratio_interval(some, moved["mean difference"])
+            each = [float(x.mean()) / float(y.mean()) for x, y in zip(some, moved["mean difference"], strict=True)]
+            wrong, shift = float((torch.cat(some) < 0).double().mean()), float(torch.cat(some).mean())
+            ahead = sum(x > 1 for x in each)
+            print(
+                f"{kind:26}{shift:+7.2f}{wrong:7.2f}   {ratio:.2f} [{low_end:.2f}, {high_end:.2f}]{ahead:>11} of {len(each)}   "
+                + " ".join(f"{x:.2f}" for x in each)
+            )
+            if kind == "texts":
+                lines.append(
+                    (
+                        f"reader {letter}: texts moved at least 1.15 times as far, lower end above 1: {ratio:.2f} [{low_end:.2f}, {high_end:.2f}]",
+                        ratio >= 1.15 and low_end > 1,
+                    )
+                )
+                lines.append((f"reader {letter}: further on at least 4 of 5 sets: {ahead}", ahead >= 4))
+        both = torch.tensor(cells, dtype=torch.float64).T
+        print(
+            f"foretold from the pool without writing, over {len(cells)} sets and methods: r = {float(torch.corrcoef(both)[0, 1]):.2f}"
+        )
+    print(f"\n{'method':26}{'gap times the mean [90 %]':>28}{'surprise':>10}   of unsteered")
+    for kind, some in gaps.items():
+        ratio, low_end, high_end = ratio_interval(some, gaps["mean difference"])
+        amount = statistics.mean(surprises[kind])
+        print(f"{kind:26}{f'{ratio:.2f} [{low_end:.2f}, {high_end:.2f}]':>28}{amount:10.2f}   {amount / base:.2f}")
+    others = {kind: _specificity(model, tokenizer, readers, texts, kind) for kind in gaps if kind != "random direction"}
+    print(
+        "own shift over the mean size of the shifts of the other sets, reader C: "
+        + ", ".join(f"{k} {x:.1f}" for k, x in others.items())
+    )
+    worst = statistics.mean(surprises["texts"]) / base
+    lines.append((f"surprise of the texts at most 1.25 times the unsteered: {worst:.2f}", worst <= 1.25))
+    return marks(*lines)
+
+
+def _specificity(model: Any, tokenizer: Any, readers: Any, texts: Any, kind: str) -> float:
+    "How much further a set's vector moves texts by its own reader than by those of the other sets."
+    own, other = [], []
+    for name, kinds in texts.items():
+        for whose in texts:
+            high, low = (readers[whose]["C"].scores(model, tokenizer, some) for some in kinds[kind])
+            (own if whose == name else other).append(abs(float((high - low).mean()) / 2))
+    return statistics.mean(own) / statistics.mean(other)
+
+
 def random_direction(model: Any, seed: int) -> SteeringVector:
     "A direction that means nothing."
     return SteeringVector({15: torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))})
@@ -332,15 +513,19 @@ def run_optimize_more(model: Any, tokenizer: Any, folder: Path, layer: int = 15)
 
 
 COMMANDS = {"divergence": run_divergence, "calibrate": run_calibrate, "speed": run_speed}
-COMMANDS |= {"optimize": run_optimize, "optimize_more": run_optimize_more}
+COMMANDS |= {"optimize": run_optimize, "optimize_more": run_optimize_more, "texts": run_texts}
+POOL: Path | None = None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", choices=COMMANDS, nargs="+")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the sets")
+    parser.add_argument("--pool", type=Path, help="a file that Pool.save wrote, so that it is not sampled again")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
+    global POOL
+    POOL = asked.pool
     torch.set_num_threads(asked.threads)
     start = time.time()
     model, tokenizer = load_demo_model()

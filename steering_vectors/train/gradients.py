@@ -7,10 +7,9 @@ __all__ = ['check_backward', 'differentiable', 'ShiftPlace', 'ShiftProbe', 'scor
 
 # %% ../../nbs/reference/train/gradients.ipynb #ae171e86
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn

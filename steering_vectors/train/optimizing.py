@@ -28,6 +28,10 @@ from .gradients import ShiftPlace, check_backward, score_gradient
 from .objectives import ContrastScores, Objective, Preferences, as_objective, choices
 from .objectives import contrast_ids, score_weights
 from .scores import TextScorer
+from .pools import Pool
+from .readers import Reader
+from .samples import as_rows
+from .written import FromTexts, learn_from_texts
 from ..vectors.provenance import Provenance, library_version
 from ..vectors.vector import SteeringVector
 
@@ -229,7 +233,26 @@ def _from_contrasts(
     made_by += f"; {options.steps} steps of Adam" if options.steps else ""
     return Learned(shift, curvature, answers, len(pairs) // 2, made_by, {"objective": name, "steps": options.steps})
 
-# %% ../../nbs/reference/train/optimizing.ipynb #c448b4b2
+# %% ../../nbs/reference/train/optimizing.ipynb #f2b41e0e
+def _from_texts(found: FromTexts, num_contrasts: int) -> Learned:
+    "A shift learned from the model's own answers, with its story."
+    made_by = "gradient of a reader's score of the model's own answers, divided by the curvature of the damage; in equal parts with the mean difference"
+    facts = {"objective": "texts", "steps": 0, "answers": len(found.pool), "pool_seed": found.pool.seed}
+    told = {"reader": repr(found.reader)} if isinstance(found.reader, Reader) else {"reader": "given scores"}
+    return Learned(found.shift, found.curvature, found.answers, num_contrasts, made_by, facts | told)
+
+# %% ../../nbs/reference/train/optimizing.ipynb #81a297b5
+def _check_texts(objective: Any, steps: int, pool: Any, reader: Any) -> bool:
+    "Whether the texts are the aim. Raises ValueError for arguments that go with another aim."
+    if objective == "texts":
+        if steps:
+            raise ValueError("The gradient of texts is known at zero only, so there are no steps: leave steps out.")
+        return True
+    if pool is not None or reader is not None:
+        raise ValueError("A pool and a reader serve objective='texts', and no other. Leave them out, or ask for texts.")
+    return False
+
+# %% ../../nbs/reference/train/optimizing.ipynb #6c9edfe4
 def optimize_steering_vector(
     model: "PreTrainedModel",  # not changed
     tokenizer: "PreTrainedTokenizerBase",
@@ -237,12 +260,15 @@ def optimize_steering_vector(
     layer: int | Iterable[int],  # one, or several that are learned together; negative ones counted from the last
     kl: float = 0.1,  # nats per token that multiplier 1 costs: gentle 0.03, normal 0.1, strong 0.3
     steps: int = 0,  # of Adam after the closed form; they raise the gap and rarely move the texts
-    objective: str | Objective = "choices",  # "choices", "preferences" (BiPO), or a function of ContrastScores
+    objective: str | Objective = "choices",  # "choices", "texts", "preferences" (BiPO), or a function of ContrastScores
+    pool: Pool
+    | None = None,  # for texts: answers of the model; None: 512 of them, made once for the model and the place
     layer_type: LayerType = "decoder_block",  # which output of the block is shifted
     layer_config: ModelLayerConfig | None = None,  # your own module names, by layer type
     seed: int = 0,  # of the model's own answers, and of the steps
     show_progress: bool = False,  # a progress bar for the steps
     *,
+    reader: Reader | Tensor | None = None,  # for texts: scores the answers; None: learned from the contrasts
     tokens: Tokens | None = None,  # which tokens are steered, in learning and in measuring; None: every token
     prompts: Any = None,  # requests by which damage is measured, as in `calibrate`; None: everyday ones
     learning_rate: float = 0.1,  # of the first step, in lengths of the vector
@@ -265,7 +291,13 @@ def optimize_steering_vector(
         as_count(seed, "seed", 0),
         show_progress,
     )
+    contrasts = list(as_rows(contrasts))
     pairs = contrast_ids(tokenizer, contrasts, chat, add_generation_prompt, template)
     with torch.inference_mode(False):
+        if _check_texts(objective, options.steps, pool, reader):
+            found = learn_from_texts(
+                model, tokenizer, contrasts, place, pool, reader, prompts, options.seed, show_progress, template
+            )
+            return as_vector(model, place, _from_texts(found, len(pairs) // 2), budget, batch_size)
         learned = _from_contrasts(model, tokenizer, pairs, place, budget, objective, options, prompts, batch_size)
         return as_vector(model, place, learned, budget, batch_size)

@@ -108,7 +108,9 @@ def _activations(
 ) -> dict[int, Tensor]:  # layer -> (n, d) float64, on the CPU
     "The mean activation of each text's tokens. Raises TypeError for one text without a list, ValueError for none."
     if isinstance(texts, (str, Mapping)) or is_messages(texts):
-        raise TypeError(f"scores takes a list of texts, and this is one: {texts!r:.60}. One text is a list of one: [text].")
+        raise TypeError(
+            f"scores takes a list of texts, and this is one: {texts!r:.60}. One text is a list of one: [text]."
+        )
     rows = [_answer_marked(text) for text in texts]
     if not rows:
         raise ValueError("There are no texts to score. Give at least one.")
@@ -144,7 +146,9 @@ def train_reader(
     )  # fmt: skip
     counts = len(high[numbers[0]]), len(low[numbers[0]])
     if min(counts) < 4:
-        raise ValueError(f"A reader is learned from at least 4 texts of each class; there are {counts[0]} and {counts[1]}.")
+        raise ValueError(
+            f"A reader is learned from at least 4 texts of each class; there are {counts[0]} and {counts[1]}."
+        )
     return _learned_reader(high, low, layer_type, layer_config, read)
 
 # %% ../../nbs/reference/train/readers.ipynb #e3a3edc1
