@@ -11,8 +11,18 @@ from families import quiet
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steering_vectors import OPEN_PROMPTS, Pool, SteeringVector, Tokens, divergence, optimize_steering_vector
-from steering_vectors import own_answers, predicted_shift, sample_pool, train_reader
+from steering_vectors import (
+    OPEN_PROMPTS,
+    Pool,
+    SteeringVector,
+    Tokens,
+    divergence,
+    optimize_steering_vector,
+    own_answers,
+    predicted_shift,
+    sample_pool,
+    train_reader,
+)
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.train.damage import EVERYDAY_PROMPTS
 from steering_vectors.train.gradients import ShiftPlace

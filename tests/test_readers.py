@@ -115,7 +115,7 @@ def test_refusals() -> None:
         ("one", TypeError, "list of one"),
         (UNSEEN[0], TypeError, "list of one"),
         (["unmarked"], ValueError, "prompt ends"),
-        ([([3, 4], [])], TypeError, "string or a list of messages"),
+        ([([3, 4], [])], ValueError, "names none of them"),
         ([([3, 4], [10**6])], ValueError, "tokenizer"),
     ]:
         with pytest.raises(kind, match=words):

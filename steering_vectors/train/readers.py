@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reader', 'train_reader']
 
-# %% ../../nbs/reference/train/readers.ipynb #f1205ac6
+# %% ../../nbs/reference/train/readers.ipynb #abda6f5b
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 from ..model.families import LayerType, ModelLayerConfig
 from ..model.layers import resolve_layer_numbers, resolve_layers
-from ..numbers import listed
+from ..modes import undisturbed
+from ..numbers import CPU, listed
 from ..steer.tokens import Tokens
 from .chats import Template, is_messages
+from .damage import _check_known
 from .discriminants import discriminant, unseen_scores
 from .extraction import extract_activations
+from .reading import EncodedText, encode_texts, selected_positions
 from .samples import TrainingSample, as_rows, as_sets
+from .schedules import by_regime, context_length, read_by_strategy, token_budget_of
+from .strategies import remembered_strategy
+from .texts import fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,19 +50,34 @@ the vector favours that vector, so give it others where there are enough.
 Docs: https://OWNER.github.io/steering-vectors/reference/train/readers.html
 """
 
-# %% ../../nbs/reference/train/readers.ipynb #af5b4731
+# %% ../../nbs/reference/train/readers.ipynb #f4ecf49c
 def _is_ids(part: Any) -> bool:
     "Whether this is a row of whole numbers."
     if isinstance(part, Tensor):
         return part.ndim == 1 and not part.is_floating_point()
-    return isinstance(part, (list, tuple)) and bool(part) and all(isinstance(i, int) for i in part)
+    return isinstance(part, (list, tuple)) and all(isinstance(i, int) for i in part)
 
-# %% ../../nbs/reference/train/readers.ipynb #be653dce
-def _answer_marked(text: Any) -> Any:
-    "A text whose answer is marked; a pair of rows of ids becomes a record."
-    if isinstance(text, (tuple, list)) and len(text) == 2 and all(map(_is_ids, text)):
-        return {"prompt": list(map(int, text[0])), "response": list(map(int, text[1]))}
-    return text
+# %% ../../nbs/reference/train/readers.ipynb #54a7615b
+def _encoded(
+    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Any], read: Tokens, template: Template | None
+) -> dict[int, EncodedText]:  # by number
+    "Texts as ids and the positions to read. Raises ValueError or TypeError for what cannot be read, with its number."
+    most = context_length(model)
+    words = {n: text for n, text in enumerate(texts) if not _is_id_pair(text)}
+    made = encode_texts(tokenizer, words.values(), read=read, max_length=most, template=template) if words else []
+    found = dict(zip(words, made, strict=True))
+    for n, text in enumerate(texts):
+        if n not in found:
+            prompt, answer = (list(map(int, part)) for part in text)
+            ids = fit(prompt + answer, most, None, f"Text {n}")
+            found[n] = EncodedText(ids, selected_positions(read, ids, len(prompt), f"Text {n}"))
+    _check_known(model, [text.ids for text in found.values()])
+    return found
+
+# %% ../../nbs/reference/train/readers.ipynb #13fedb64
+def _is_id_pair(text: Any) -> bool:
+    "Whether this is a row of ids and what was written after it."
+    return isinstance(text, (tuple, list)) and len(text) == 2 and all(map(_is_ids, text))
 
 # %% ../../nbs/reference/train/readers.ipynb #7025c2a3
 def _as_pairs(samples: Any) -> Any:
@@ -102,24 +123,39 @@ class Reader:
             return f"{where})"
         return f"{where}; orders {told['auroc']:.0%} of the pairs of {told['positive']} and {told['negative']} texts it has not seen)"
 
-# %% ../../nbs/reference/train/readers.ipynb #4199d884
+# %% ../../nbs/reference/train/readers.ipynb #8b882ac9
 def _activations(
     reader: Reader, model: nn.Module, tokenizer: Any, texts: Any, batch_size: int | None, template: Template | None
 ) -> dict[int, Tensor]:  # layer -> (n, d) float64, on the CPU
     "The mean activation of each text's tokens. Raises TypeError for one text without a list, ValueError for none."
     if isinstance(texts, (str, Mapping)) or is_messages(texts):
-        raise TypeError(
-            f"scores takes a list of texts, and this is one: {texts!r:.60}. One text is a list of one: [text]."
-        )
-    rows = [_answer_marked(text) for text in texts]
+        raise TypeError(f"scores takes a list of texts, and this is one: {texts!r:.60}. One text is a list of one: [text].")
+    rows = list(texts)
     if not rows:
         raise ValueError("There are no texts to score. Give at least one.")
-    pairs, half = {"positive": rows, "negative": rows[:1]}, None if batch_size is None else max(batch_size // 2, 1)
-    found, _ = extract_activations(
-        model, tokenizer, pairs, list(reader.directions), reader.layer_type, reader.layer_config, True,
-        batch_size=half, read=reader.read, distributed=False, template=template,
-    )  # fmt: skip
-    return {n: h.double() for n, h in found.items()}
+    names = resolve_layers(model, reader.layer_type, reader.layer_config)
+    modules = {n: model.get_submodule(names[n]) for n in resolve_layer_numbers(reader.directions, names, reader.layer_type)}
+    return _answer_means(model, modules, _encoded(model, tokenizer, rows, reader.read, template), batch_size, reader.layer_type)
+
+# %% ../../nbs/reference/train/readers.ipynb #fc23f3ef
+def _answer_means(
+    model: nn.Module, modules: Mapping[int, nn.Module], texts: Mapping[int, EncodedText], batch_size: int | None, kind: LayerType
+) -> dict[int, Tensor]:  # layer -> (n, d) float64, on the CPU
+    "The mean activation over each text's tokens, in order."
+    parts: dict[int, list[Tensor]] = {n: [] for n in modules}
+    numbers, budget = [], token_budget_of(model)
+
+    def on_pass(some: list[int], acts: dict[int, Tensor]) -> None:
+        numbers.extend(some)
+        for layer, h in acts.items():
+            parts[layer].append(h.to(CPU).double())
+
+    with undisturbed(model):
+        for some in by_regime(model, texts):
+            way = remembered_strategy(model, modules, some, kind == "decoder_block")
+            budget = read_by_strategy(way, model, modules, some, budget, on_pass, batch_size, context_length(model))
+    order = torch.tensor(numbers, device=CPU).argsort()
+    return {layer: torch.cat(h)[order] for layer, h in parts.items()}
 
 # %% ../../nbs/reference/train/readers.ipynb #ffa0a22d
 def train_reader(
@@ -146,9 +182,7 @@ def train_reader(
     )  # fmt: skip
     counts = len(high[numbers[0]]), len(low[numbers[0]])
     if min(counts) < 4:
-        raise ValueError(
-            f"A reader is learned from at least 4 texts of each class; there are {counts[0]} and {counts[1]}."
-        )
+        raise ValueError(f"A reader is learned from at least 4 texts of each class; there are {counts[0]} and {counts[1]}.")
     return _learned_reader(high, low, layer_type, layer_config, read)
 
 # %% ../../nbs/reference/train/readers.ipynb #e3a3edc1
