@@ -5,6 +5,9 @@
     python benchmarks/quality.py calibrate --data DIR    # 5 sets x 6 layers: measurements needed, and other requests
     python benchmarks/quality.py tune --data DIR         # layer chosen by evidence against the middle one; what it reports, checked again
     python benchmarks/quality.py anchors --data DIR      # random direction, untuned vector, instruction, examples on the same items
+    python benchmarks/quality.py optimize --data DIR     # vectors learned by gradient against the mean difference, at equal damage
+    python benchmarks/quality.py optimize_more --data DIR    # further ways of learning: steps, BiPO, response tokens, two layers
+    python benchmarks/quality.py texts --data DIR [--pool FILE]    # what the vectors do to texts that the model writes
     python benchmarks/quality.py speed --data DIR        # one layer and multiplier of 36 pairs, new way against plain batches
     python benchmarks/quality.py divergence calibrate --data DIR   # several in one run train their vectors once
 
@@ -26,13 +29,18 @@ from typing import Any
 import torch
 
 from steering_vectors import (
+    Pool,
     SteeringVector,
     Tokens,
     calibrate,
     completion_gap,
     divergence,
     few_shot,
+    optimize_steering_vector,
     own_answers,
+    predicted_shift,
+    sample_pool,
+    train_reader,
     train_steering_vector,
     tune,
 )
@@ -40,7 +48,9 @@ from steering_vectors.demo import load_demo_model
 from steering_vectors.evaluate.intervals import estimate
 from steering_vectors.train import scores as scores_room
 from steering_vectors.train.continuations import plain_passes
-from steering_vectors.train.damage import DamageScorer
+from steering_vectors.train.curvature import damage_curvature
+from steering_vectors.train.damage import DamageScorer, OwnAnswers
+from steering_vectors.train.gradients import ShiftPlace
 from steering_vectors.train.prompts import continuation_ids
 from steering_vectors.train.scores import ScoringWay, TextScorer
 
@@ -63,6 +73,34 @@ UNSEEN = [  # requests that are not among the everyday prompts
     "Good evening! Any news?",
     "Explain how a rainbow forms.",
     "What can I cook with lentils?",
+]
+
+
+TEXT_QUESTIONS = [  # no vector and no pool has seen these
+    "What did you do today?",
+    "What is your opinion on museums?",
+    "How would you spend a million dollars?",
+    "Tell me what you think about your neighbours.",
+    "What should our government do first?",
+    "Is it better to plan or to improvise?",
+    "What do you like to talk about at dinner?",
+    "Which book would you give to everybody?",
+    "How do you feel when you meet new people?",
+    "What is the point of art?",
+    "Would you rather travel or stay at home?",
+    "What makes you proud?",
+    "Tell me about something that you find boring.",
+    "What would you say to a friend who failed an exam?",
+    "What does the future look like?",
+    "How do you choose what to believe?",
+    "A colleague takes credit for your work. What now?",
+    "What is a good way to spend a Sunday?",
+    "Describe yourself in two sentences.",
+    "What should people stop doing?",
+    "What have you learned from mistakes?",
+    "Do you enjoy being alone?",
+    "What would you change about the world?",
+    "What is the most interesting thing you know?",
 ]
 
 
@@ -227,7 +265,7 @@ def run_speed(model: Any, tokenizer: Any, folder: Path, rounds: int = 3) -> int:
     )
 
 
-def contrasts_of(folder: Path, name: str, first: int, last: int) -> list[tuple[str, str, str]]:
+def held_out_contrasts(folder: Path, name: str, first: int, last: int) -> list[tuple[str, str, str]]:
     "Pairs of a set as contrasts, under the question of the tests."
     return [(TEST_QUESTION, good, bad) for good, bad in all_pairs(folder, name)[first:last]]
 
@@ -247,13 +285,13 @@ def run_tune(model: Any, tokenizer: Any, folder: Path) -> int:
     for name in SETS:
         start, begun = time.process_time(), time.perf_counter()
         found = tune(
-            model, tokenizer, training_chats(folder, name), contrasts_of(folder, name, 116, 188), LAYERS,
+            model, tokenizer, training_chats(folder, name), held_out_contrasts(folder, name, 116, 188), LAYERS,
             read=Tokens.generated, anchors=False,
         )  # fmt: skip
         seconds.append(time.process_time() - start)
         walls.append(time.perf_counter() - begun)
         middle = next(row for row in found.rows if row.layers == (15,))
-        test = contrasts_of(folder, name, 80, 116)
+        test = held_out_contrasts(folder, name, 80, 116)
         changes = [
             completion_gap(model, tokenizer, row.steering, test, [0, 1]).values for row in (found.chosen, middle)
         ]
@@ -296,7 +334,7 @@ def run_anchors(model: Any, tokenizer: Any, folder: Path) -> int:
         chats = training_chats(folder, name)
         before = {"instruction": INSTRUCTIONS[name], "four examples": few_shot(chats)}
         found = tune(
-            model, tokenizer, chats, contrasts_of(folder, name, 80, 116), 15, test=0.85,
+            model, tokenizer, chats, held_out_contrasts(folder, name, 80, 116), 15, test=0.85,
             read=Tokens.generated, before=before,
         )  # fmt: skip
         print(f"{name}\n{found!r}\n", flush=True)
@@ -317,21 +355,286 @@ def run_anchors(model: Any, tokenizer: Any, folder: Path) -> int:
     )
 
 
+def contrasts_of(folder: Path, name: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    "The pairs of a set as contrasts under the question of training, and under another one for the test."
+    training, test = pairs_of(folder, name)
+    return [(TRAINING_QUESTION, *both) for both in training], [(TEST_QUESTION, *both) for both in test]
+
+
+def both_ways(model: Any, tokenizer: Any, vector: SteeringVector, test: list[tuple[str, str, str]]) -> torch.Tensor:
+    "How far each test pair moves, (n, 2): up at multiplier 1, and down at the negative one that costs the same."
+    down = vector.provenance.extra["calibration"]["negative"]
+    gap = completion_gap(model, tokenizer, vector, test, multipliers=[0, 1, down]).values.double()
+    return torch.stack([gap[:, 1] - gap[:, 0], gap[:, 0] - gap[:, 2]], 1)
+
+
+def ratio_interval(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], rounds: int = 2000
+) -> tuple[float, float, float]:
+    "The ratio of two pooled effects, and its 90 % interval by bootstrap over the items within each set."
+    draw, found = torch.Generator().manual_seed(0), []
+    for _ in range(rounds):
+        at = [torch.randint(len(some), (len(some),), generator=draw) for some in ours]
+        sums = [sum(float(x[i].mean()) for x, i in zip(some, at, strict=True)) for some in (ours, theirs)]
+        found.append(sums[0] / sums[1])
+    low, high = torch.tensor(found).quantile(torch.tensor([0.05, 0.95])).tolist()
+    return sum(float(x.mean()) for x in ours) / sum(float(x.mean()) for x in theirs), low, high
+
+
+def effects_table(effects: dict[str, list[torch.Tensor]], base: str) -> dict[str, tuple[float, float, float]]:
+    "Print the effect of each method, and return its ratio to that of `base` with the interval."
+    print(f"{'method':34}{'up':>7}{'wrong':>7}{'down':>7}{'wrong':>7}   times {base} [90 %]       sets ahead")
+    found = {}
+    for name, some in effects.items():
+        each, base_effects = torch.cat(some), effects[base][: len(some)]
+        found[name] = ratio_interval(some, base_effects)
+        ahead = sum(float(x.mean()) > float(y.mean()) for x, y in zip(some, base_effects, strict=True))
+        wrong = (each < 0).double().mean(0)
+        print(
+            f"{name:34}{each[:, 0].mean():+7.2f}{wrong[0]:7.2f}{each[:, 1].mean():+7.2f}{wrong[1]:7.2f}   "
+            f"{found[name][0]:.2f} [{found[name][1]:.2f}, {found[name][2]:.2f}]{ahead:>12} of {len(some)}",
+            flush=True,
+        )
+    return found
+
+
+def more_pairs(folder: Path, name: str, first: int) -> list[tuple[str, str, str]]:
+    "80 pairs that neither training nor test has, as contrasts."
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    sides = [[r["statement"] for r in rows if r["answer_matching_behavior"].strip() == word] for word in ("Yes", "No")]
+    for side in sides:
+        random.Random(0).shuffle(side)
+    return [(TRAINING_QUESTION, *both) for both in list(zip(*sides, strict=False))[first : first + 80]]
+
+
+def written(
+    model: Any, tokenizer: Any, vector: SteeringVector | None, multiplier: float = 1.0, length: int = 28
+) -> list[Any]:
+    "Greedy answers to the questions, as ids of the question and of the answer."
+    chats = [[{"role": "user", "content": question}] for question in TEXT_QUESTIONS]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    )
+    steered = (vector or random_direction(model, 0)).apply(model, multiplier=multiplier if vector else 0, prompt=batch)
+    with torch.no_grad(), steered:
+        out = model.generate(**batch, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    start, found = batch["input_ids"].shape[1], []
+    for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], out[:, start:].tolist(), strict=True):
+        end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+        found.append((ids[mask.bool()].tolist(), row[:end]))
+    return found
+
+
+def surprise(model: Any, texts: list[Any]) -> float:
+    "How improbable texts are to the unsteered model, in nats per token."
+    with torch.no_grad():
+        return -float(TextScorer(model, texts).scores().mean())
+
+
+def run_texts(model: Any, tokenizer: Any, folder: Path, layer: int = 15, kl: float = 0.1) -> int:
+    "What vectors do to texts that the model writes, at equal damage on everyday and open requests, by readers of other statements."
+    pool = Pool.load(POOL) if POOL else sample_pool(model, tokenizer, layer)
+    place = ShiftPlace.of(model, layer)
+    _, answers = damage_curvature(model, tokenizer, place)
+    both = OwnAnswers((*answers.pairs, *pool.answers(len(answers)).pairs), f"{answers.what} and as many open questions")
+    damage = DamageScorer(model, both)
+    plain = written(model, tokenizer, None)
+    base = surprise(model, plain)
+    print(
+        f"{pool}\n{both}; {len(TEXT_QUESTIONS)} questions, both signs, greedy; unsteered texts have {base:.2f} nats per token"
+    )
+    kinds = ("mean difference", "closed form of choices", "texts", "random direction")
+    readers: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, list[list[Any]]]] = {}
+    gaps: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
+    surprises: dict[str, list[float]] = {kind: [] for kind in kinds}
+    foretold: dict[tuple[str, str, str], float] = {}
+    for i, name in enumerate(SETS):
+        training, test = contrasts_of(folder, name)
+        readers[name] = {
+            "C": train_reader(model, tokenizer, more_pairs(folder, name, 120), 15),
+            "B": train_reader(model, tokenizer, more_pairs(folder, name, 200), 21),
+        }
+        start = time.process_time()
+        by_texts = optimize_steering_vector(model, tokenizer, training, layer, objective="texts", pool=pool)
+        seconds = time.process_time() - start
+        made = {
+            "mean difference": vector_of(model, tokenizer, folder, name)[layer],
+            "closed form of choices": optimize_steering_vector(model, tokenizer, training, layer),
+            "texts": by_texts,
+            "random direction": random_direction(model, i),
+        }
+        scored = {letter: reader.scores(model, tokenizer, pool.pairs) for letter, reader in readers[name].items()}
+        texts[name] = {}
+        for kind, vector in made.items():
+            v = calibrate(model, tokenizer, vector, kl, damage)
+            down = v.provenance.extra["calibration"]["negative"]
+            texts[name][kind] = [written(model, tokenizer, v, m) for m in (1.0, down)]
+            surprises[kind].append(statistics.mean(surprise(model, some) for some in texts[name][kind]))
+            gaps[kind].append(both_ways(model, tokenizer, v, test))
+            for letter, scores in scored.items():
+                foretold[name, kind, letter] = predicted_shift(model, tokenizer, v, pool, scores) * (1 - down) / 2
+        quote = [tokenizer.decode(side[3][1]).replace("\n", " ") for side in texts[name]["texts"]]
+        print(
+            f"{name:22} texts learned in {seconds:.0f} s; surprise {surprises['texts'][-1]:.2f}\n   + {quote[0]}\n   - {quote[1]}",
+            flush=True,
+        )
+    return _texts_judged(model, tokenizer, readers, texts, gaps, surprises, foretold, base)
+
+
+def _texts_judged(
+    model: Any, tokenizer: Any, readers: Any, texts: Any, gaps: Any, surprises: Any, foretold: Any, base: float
+) -> int:
+    "Tables and marks."
+    lines: list[tuple[str, bool]] = []
+    for letter in ("C", "B"):
+        moved: dict[str, list[torch.Tensor]] = {kind: [] for kind in gaps}
+        cells = []
+        for name, kinds in texts.items():
+            for kind, (up, down) in kinds.items():
+                high, low = (readers[name][letter].scores(model, tokenizer, some) for some in (up, down))
+                moved[kind].append((high - low).double() / 2)
+                cells.append((foretold[name, kind, letter], float(moved[kind][-1].mean())))
+        print(
+            f"\nreader {letter}: {next(iter(readers.values()))[letter]}\n{'method':26}{'shift':>7}{'wrong':>7}   times the mean [90 %]   sets ahead   by set"
+        )
+        for kind, some in moved.items():
+            ratio, low_end, high_end = ratio_interval(some, moved["mean difference"])
+            each = [float(x.mean()) / float(y.mean()) for x, y in zip(some, moved["mean difference"], strict=True)]
+            wrong, shift = float((torch.cat(some) < 0).double().mean()), float(torch.cat(some).mean())
+            ahead = sum(x > 1 for x in each)
+            print(
+                f"{kind:26}{shift:+7.2f}{wrong:7.2f}   {ratio:.2f} [{low_end:.2f}, {high_end:.2f}]{ahead:>11} of {len(each)}   "
+                + " ".join(f"{x:.2f}" for x in each)
+            )
+            if kind == "texts":
+                lines.append(
+                    (
+                        f"reader {letter}: texts moved at least 1.15 times as far, lower end above 1: {ratio:.2f} [{low_end:.2f}, {high_end:.2f}]",
+                        ratio >= 1.15 and low_end > 1,
+                    )
+                )
+                lines.append((f"reader {letter}: further on at least 4 of 5 sets: {ahead}", ahead >= 4))
+        both = torch.tensor(cells, dtype=torch.float64).T
+        print(
+            f"foretold from the pool without writing, over {len(cells)} sets and methods: r = {float(torch.corrcoef(both)[0, 1]):.2f}"
+        )
+    print(f"\n{'method':26}{'gap times the mean [90 %]':>28}{'surprise':>10}   of unsteered")
+    for kind, some in gaps.items():
+        ratio, low_end, high_end = ratio_interval(some, gaps["mean difference"])
+        amount = statistics.mean(surprises[kind])
+        print(f"{kind:26}{f'{ratio:.2f} [{low_end:.2f}, {high_end:.2f}]':>28}{amount:10.2f}   {amount / base:.2f}")
+    others = {kind: _specificity(model, tokenizer, readers, texts, kind) for kind in gaps if kind != "random direction"}
+    print(
+        "own shift over the mean size of the shifts of the other sets, reader C: "
+        + ", ".join(f"{k} {x:.1f}" for k, x in others.items())
+    )
+    worst = statistics.mean(surprises["texts"]) / base
+    lines.append((f"surprise of the texts at most 1.25 times the unsteered: {worst:.2f}", worst <= 1.25))
+    return marks(*lines)
+
+
+def _specificity(model: Any, tokenizer: Any, readers: Any, texts: Any, kind: str) -> float:
+    "How much further a set's vector moves texts by its own reader than by those of the other sets."
+    own, other = [], []
+    for name, kinds in texts.items():
+        for whose in texts:
+            high, low = (readers[whose]["C"].scores(model, tokenizer, some) for some in kinds[kind])
+            (own if whose == name else other).append(abs(float((high - low).mean()) / 2))
+    return statistics.mean(own) / statistics.mean(other)
+
+
+def random_direction(model: Any, seed: int) -> SteeringVector:
+    "A direction that means nothing."
+    return SteeringVector({15: torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))})
+
+
+def run_optimize(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> int:
+    "The closed form against the mean difference: gap at equal damage, on pairs and a question that training has not seen."
+    effects: dict[str, list[torch.Tensor]] = {"mean difference": [], "closed form": [], "random direction": []}
+    seconds = []
+    for i, name in enumerate(SETS):
+        training, test = contrasts_of(folder, name)
+        start = time.process_time()
+        learned = optimize_steering_vector(model, tokenizer, training, layer)
+        seconds.append(time.process_time() - start)
+        answers = everyday(model, tokenizer)
+        others = {
+            "mean difference": vector_of(model, tokenizer, folder, name)[layer],
+            "random direction": random_direction(model, i),
+        }
+        made = {"closed form": learned} | {n: calibrate(model, tokenizer, v, 0.1, answers) for n, v in others.items()}
+        for method, vector in made.items():
+            effects[method].append(both_ways(model, tokenizer, vector, test))
+        told = ", ".join(f"{method} {float(some[-1].mean()):+.2f}" for method, some in effects.items())
+        print(f"{name:22} {told}; learned in {seconds[-1]:.1f} s of the processor", flush=True)
+    ratio, low, high = effects_table(effects, "mean difference")["closed form"]
+    ours, means = (effects[n] for n in ("closed form", "mean difference"))
+    ahead = sum(float(x.mean()) > float(y.mean()) for x, y in zip(ours, means, strict=True))
+    wrong, wrong_mean = (float((torch.cat(some) < 0).double().mean()) for some in (ours, means))
+    return marks(
+        (
+            f"gap at least 1.6 times the mean difference's, lower end above 1.3: {ratio:.2f} [{low:.2f}, {high:.2f}]",
+            ratio >= 1.6 and low > 1.3,
+        ),
+        (f"ahead on all sets: {ahead} of {len(SETS)}", ahead == len(SETS)),
+        (f"at most 0.10 of the pairs the wrong way: {wrong:.2f} (mean difference {wrong_mean:.2f})", wrong <= 0.10),
+        (f"the first time at most 40 s of one core: {seconds[0]:.1f}", seconds[0] <= 40),
+        (f"the next concept at most 15 s: {max(seconds[1:]):.1f}", max(seconds[1:]) <= 15),
+    )
+
+
+def run_optimize_more(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> int:
+    "Other ways of learning a vector, beside the closed form and the mean difference; nothing is asked of them."
+    ways: dict[str, dict[str, Any]] = {
+        "closed form": {},
+        "closed form + 40 steps": {"steps": 40},
+        "BiPO's loss, 40 steps": {"steps": 40, "objective": "preferences"},
+        "closed form, two layers": {"layer": (12, 18)},
+        "closed form, response tokens": {"tokens": Tokens.response},
+    }
+    effects: dict[str, list[torch.Tensor]] = {"mean difference": [], **{way: [] for way in ways}}
+    answers = everyday(model, tokenizer)
+    for name in SETS:
+        training, test = contrasts_of(folder, name)
+        mean = calibrate(model, tokenizer, vector_of(model, tokenizer, folder, name)[layer], 0.1, answers)
+        effects["mean difference"].append(both_ways(model, tokenizer, mean, test))
+        for way, how in ways.items():
+            learned = optimize_steering_vector(model, tokenizer, training, **({"layer": layer} | how))
+            steering = learned.steering(tokens=how.get("tokens"))
+            down = learned.provenance.extra["calibration"]["negative"]
+            gap = completion_gap(model, tokenizer, steering, test, multipliers=[0, 1, down]).values.double()
+            effects[way].append(torch.stack([gap[:, 1] - gap[:, 0], gap[:, 0] - gap[:, 2]], 1))
+        print(
+            f"{name:22} " + ", ".join(f"{way} {float(some[-1].mean()):+.2f}" for way, some in effects.items()),
+            flush=True,
+        )
+    effects_table(effects, "mean difference")
+    return 0
+
+
 COMMANDS = {
     "divergence": run_divergence,
     "calibrate": run_calibrate,
     "tune": run_tune,
     "anchors": run_anchors,
+    "optimize": run_optimize,
+    "optimize_more": run_optimize_more,
+    "texts": run_texts,
     "speed": run_speed,
 }
+POOL: Path | None = None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", choices=COMMANDS, nargs="+")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the sets")
+    parser.add_argument("--pool", type=Path, help="a file that Pool.save wrote, so that it is not sampled again")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
+    global POOL
+    POOL = asked.pool
     torch.set_num_threads(asked.threads)
     start = time.time()
     model, tokenizer = load_demo_model()

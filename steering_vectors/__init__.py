@@ -53,6 +53,13 @@ from .steer.strengths import decay as decay
 from .steer.strengths import ramp as ramp
 from .steer.verdicts import Decisions as Decisions
 from .train.gating import train_gate as train_gate
+from .train.optimizing import optimize_steering_vector as optimize_steering_vector
+from .train.objectives import ContrastScores as ContrastScores
+from .train.objectives import Preferences as Preferences
+from .train.pools import OPEN_PROMPTS as OPEN_PROMPTS
+from .train.pools import Pool as Pool
+from .train.pools import sample_pool as sample_pool
+from .train.written import predicted_shift as predicted_shift
 from .train.readers import Reader as Reader
 from .train.readers import train_reader as train_reader
 from .vectors.baking import bake as bake

@@ -18,8 +18,9 @@ from steering_vectors import (
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.evaluate.arguments import in_model
-from steering_vectors.evaluate.calibration import _Search, calibrated_marks
+from steering_vectors.evaluate.calibration import calibrated_marks
 from steering_vectors.steer.steering import Steering
+from steering_vectors.train.budgets import BudgetSearch as _Search
 from steering_vectors.train.damage import DamageScorer
 from steering_vectors.vectors.strengths import calibration_of
 

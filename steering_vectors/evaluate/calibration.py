@@ -7,7 +7,7 @@ __all__ = ['Calibratable', 'Damage', 'divergence', 'calibrate', 'calibrated_mark
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #51d9ca39
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,13 +20,13 @@ from ..markup import html_table, text_table
 from ..model.blocks import text_config
 from ..model.recording import record_activations
 from ..modes import undisturbed
-from ..numbers import as_multipliers, as_number
-from ..steer.operators import ablation_operator, addition_operator
+from ..numbers import as_multipliers
+from ..steer.operators import ablation_operator
 from ..steer.steering import Steering
+from ..train.budgets import as_budget, calibrated, held_for, met_budget
 from ..train.chats import Template
 from ..train.damage import DamageScorer, OwnAnswers, own_answers
 from ..train.prompts import Prompt
-from ..vectors.evidence import without_report
 from ..vectors.provenance import Provenance
 from ..vectors.strengths import calibration_of
 from ..vectors.vector import SteeringVector
@@ -139,69 +139,6 @@ def _length(model: "PreTrainedModel", subject: Subject, answers: OwnAnswers) -> 
     lengths = {n: float(a.detach().double().norm()) for n, a in vector.layer_activations.items()}
     return sum(x / norms[n] for n, x in lengths.items() if norms[n])
 
-# %% ../../nbs/reference/evaluate/calibration.ipynb #fe8bec32
-@dataclass
-class _Search:
-    "Looks for the multiplier at which a damage meets a budget."
-
-    damage: Callable[[float], float]  # of a multiplier
-    budget: float
-    most: float  # the largest multiplier to try
-    tolerance: float = 0.1
-    steps: int = 6
-
-    def run(self, guess: float) -> tuple[float, list[tuple[float, float]]]:  # the multiplier; all (multiplier, damage)
-        "Measure until the budget is met."
-        seen: list[tuple[float, float]] = []
-        m = min(guess, self.most)
-        for _ in range(self.steps):
-            found = self.damage(m)
-            seen.append((m, found if math.isfinite(found) else math.inf))
-            if abs(found / self.budget - 1) <= self.tolerance:
-                return m, seen
-            if m >= self.most and found < self.budget:
-                break
-            m = self._next(seen)
-        raise ValueError(self._unmet(seen))
-
-    def _next(self, seen: list[tuple[float, float]]) -> float:
-        "The next multiplier to try: on the line between the two sides of the budget, or on from the last."
-        below = max((pair for pair in seen if pair[1] < self.budget), default=None)
-        above = min((pair for pair in seen if pair[1] >= self.budget), default=None)
-        m, kl = seen[-1]
-        if below and above and below[0] < above[0]:
-            (m, kl), line = below, [below, above]
-        else:
-            line = seen[-2:]
-        if kl == math.inf or (above is not None and above[1] == math.inf):
-            return ((below[0] if below else 0.0) + (above[0] if above else m)) / 2
-        if kl <= 0:
-            return min(4 * m, self.most)
-        return min(m * math.pow(self.budget / kl, 1 / _slope(line)), self.most)
-
-    def _unmet(self, seen: list[tuple[float, float]]) -> str:
-        "What to say where no multiplier was found."
-        m, kl = min(seen, key=lambda pair: abs(pair[1] - self.budget))
-        if all(kl < self.budget for _, kl in seen):
-            return (
-                f"The damage stays at {max(kl for _, kl in seen):.3g} nats per token, even where the vector is three times as long as "
-                f"the activations: no multiplier costs {self.budget:g}. Ask for a smaller kl, or steer more tokens or layers."
-            )
-        return (
-            f"After {len(seen)} measurements the damage is {kl:.3g} nats per token at multiplier {m:.3g}, and not within 10 % of "
-            f"{self.budget:g}: it does not grow steadily with the multiplier. Look at it with `divergence`, or ask for another kl."
-        )
-
-# %% ../../nbs/reference/evaluate/calibration.ipynb #2193b660
-def _slope(line: list[tuple[float, float]]) -> float:
-    "The slope of log damage on log multiplier between two measurements; 2 where there is only one."
-    if len(line) < 2:
-        return 2.0
-    (a, x), (b, y) = line
-    if not (0 < x < math.inf and 0 < y < math.inf) or a == b:
-        return 2.0
-    return min(max(math.log(y / x) / math.log(b / a), 0.5), 4.0)
-
 # %% ../../nbs/reference/evaluate/calibration.ipynb #4b673c15
 def _one_subject(model: "PreTrainedModel", steering: Any) -> Subject:
     "The one thing that is calibrated, checked."
@@ -262,45 +199,13 @@ def calibrate(
     template: Template | None = None,  # arguments of the chat template
 ) -> Calibratable:  # of the same type, scaled so that multiplier 1 costs `kl`
     "Give a vector's multiplier a unit: 1 costs `kl` nats per token."
-    budget, subject = _as_budget(kl), _one_subject(model, steering)
+    budget, subject = as_budget(kl), _one_subject(model, steering)
     scorer = _scorer_of(model, tokenizer, prompts, seed, batch_size, chat, template)
-    answers = scorer.answers
-    most = 3 / _length(model, subject, answers)
+    most = 3 / _length(model, subject, scorer.answers)
     ((how, vector),) = subject.parts
-    unit = [replace(how, vector=vector, multiplier=1.0)]
-
-    def damage(m: float) -> float:
-        with undisturbed(model):
-            return float(scorer.mean(unit, m))
-
-    sign = math.copysign(1.0, float(how.strength))
-    up, seen = _Search(lambda m: damage(sign * m), budget, most).run(0.16 / 3 * most * math.sqrt(budget / 0.1))
-    down, also = _Search(lambda m: damage(-sign * m), budget, most).run(up)
-    facts = {
-        "kl": budget, "multiplier": 1.0, "negative": -down / up, "prompts": answers.what, "model": _name_of(model),
-        "measurements": len(seen), "negative_measurements": len(also), "scaled_by": sign * up, "reached": seen[-1][1],
-        "seed": answers.seed,
-    }  # fmt: skip
-    return _calibrated(steering, sign * up, facts | _beside(how))
-
-# %% ../../nbs/reference/evaluate/calibration.ipynb #31866d21
-def _as_budget(kl: Any) -> float:
-    "A damage to aim at."
-    budget = as_number(kl, "kl is a number of nats per token, 0.1 for a normal strength")
-    if not 0 < budget < math.inf:
-        raise ValueError(f"kl is a damage in nats per token above 0, such as 0.03, 0.1 or 0.3; it is {budget:g}.")
-    return budget
-
-
-def _name_of(model: Any) -> str:
-    return getattr(model.config, "_name_or_path", "") or type(model).__name__
-
-
-def _beside(how: Steering) -> dict[str, str]:
-    "What a calibration holds for, where that is not plain addition at every token of every text."
-    own = {"operator": how.operator, "tokens": how.selection, "when": how.when, "schedule": how.schedule}
-    usual = how.operator == addition_operator()
-    return {name: repr(part) for name, part in own.items() if part is not None and not (name == "operator" and usual)}
+    unit, sign = replace(how, vector=vector, multiplier=1.0), math.copysign(1.0, float(how.strength))
+    guess = 0.16 / 3 * most * math.sqrt(budget / 0.1)
+    return _calibrated(steering, *met_budget(model, unit, scorer, budget, most, guess, sign))
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #5ac5f6e9
 def _calibrated(steering: Calibratable, factor: float, facts: dict[str, Any]) -> Calibratable:
@@ -308,10 +213,7 @@ def _calibrated(steering: Calibratable, factor: float, facts: dict[str, Any]) ->
     vector = steering.vector if isinstance(steering, Steering) else steering
     if not isinstance(vector, SteeringVector):
         vector = SteeringVector(dict(vector), "decoder_block")  # type: ignore[arg-type]
-    longer = {n: a * factor for n, a in vector.layer_activations.items()}
-    story = replace(without_report(vector.provenance), suggested_multiplier=1.0, later={})
-    story = replace(story, extra={**story.extra, "calibration": facts})
-    scaled = replace(vector, layer_activations=longer, provenance=story)
+    scaled = calibrated(vector, factor, facts)
     return replace(steering, vector=scaled, multiplier=1.0) if isinstance(steering, Steering) else scaled
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #0bd09473
@@ -333,4 +235,4 @@ def calibrated_marks(
 
 def _held_for(how: Steering) -> dict[str, str | None]:
     "What a calibration for this steering would tell of its operator, tokens and conditions."
-    return {**dict.fromkeys(("operator", "tokens", "when", "schedule")), **_beside(how)}
+    return {**dict.fromkeys(("operator", "tokens", "when", "schedule")), **held_for(how)}

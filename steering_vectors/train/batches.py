@@ -27,7 +27,7 @@ from .packing import AttentionReach, Row, additive_mask, ancestor_mask
 from .reading import EncodedText
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 # %% ../../nbs/reference/train/batches.ipynb #d0c57219
 __doc__ = """One forward pass: what goes in, which activations are kept, and where does it end?

@@ -105,7 +105,9 @@ def _listed_prompts(prompts: Any) -> tuple[list[Any], str]:
     return found, f"{len(found)} prompt{'' if len(found) == 1 else 's'} of the user"
 
 # %% ../../nbs/reference/train/damage.ipynb #1dcb4275
-def _drawn_answers(model: Any, tokenizer: "PreTrainedTokenizerBase", ids: Tensor, length: int) -> list[list[int]]:
+def _drawn_answers(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", ids: Tensor, length: int, given: Mapping[str, Any] | None = None
+) -> list[list[int]]:
     "Answers drawn to prompts of equal length, each up to its end."
     config = model.generation_config
     ends = None if config is None else config.eos_token_id
@@ -114,6 +116,7 @@ def _drawn_answers(model: Any, tokenizer: "PreTrainedTokenizerBase", ids: Tensor
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, pad_token_id=pad,
         do_sample=True, temperature=1.0, top_p=None, top_k=None, num_beams=1,
+        **(given or {}),
     )  # fmt: skip
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
