@@ -218,7 +218,7 @@ WRONG: list[tuple[type[Exception], str, Callable[[Any], Any]]] = [
     (ValueError, "Unknown layer_type", lambda m: SteeringVector({0: torch.ones(D)}, "block").patch(m)),
     (ValueError, "Pass one of them", lambda m: vector(0).patch(m, min_token_index=1, token_indices=[1])),
     (ValueError, "finite", lambda m: vector(0).patch(m, multiplier=float("nan"))),
-    (ValueError, "one number a row", lambda m: vector(0).patch(m, multiplier=torch.ones(2, 2))),
+    (ValueError, "one number per row", lambda m: vector(0).patch(m, multiplier=torch.ones(2, 2))),
     (TypeError, "operator must be", lambda m: vector(0).patch(m, operator=3)),
     (TypeError, "prompt= takes", lambda m: vector(0).patch(m, tokens=Tokens.response, prompt="Hello")),
     (TypeError, "Module", lambda m: vector(0).patch("gpt2")),
@@ -237,7 +237,7 @@ def test_bad_input_attaches_nothing(model: Any, error: type[Exception], words: s
 
 def test_an_error_inside_the_pass_names_its_cause(model: Any) -> None:
     with (
-        pytest.raises(ValueError, match="3 numbers, one a row, but the model was given 2 rows"),
+        pytest.raises(ValueError, match="3 numbers, one per row, but the model was given 2 rows"),
         vector(0).apply(model, multiplier=[1, 2, 3]),
     ):
         model(IDS)

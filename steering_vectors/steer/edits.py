@@ -46,7 +46,7 @@ def as_multiplier(
 ) -> float | Tensor:  # a number, or a float64 tensor of shape (b,) on the CPU
     "A checked multiplier. Raises ValueError or TypeError where it is no finite number, or requires a gradient."
     if isinstance(multiplier, bool):
-        raise TypeError(f"multiplier must be a number, or one number a row; it is {multiplier!r}.")
+        raise TypeError(f"multiplier must be a number, or one number per row; it is {multiplier!r}.")
     if getattr(multiplier, "requires_grad", False):
         raise ValueError(
             "The multiplier requires a gradient, which would be lost here. Multiply the direction by it instead: "
@@ -56,11 +56,11 @@ def as_multiplier(
         m = torch.as_tensor(multiplier, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"multiplier must be a number, or one number a row; it is a {type(multiplier).__name__}."
+            f"multiplier must be a number, or one number per row; it is a {type(multiplier).__name__}."
         ) from None
     if m.ndim > 1 or m.numel() == 0:
         raise ValueError(
-            f"multiplier must be a number, or have shape (b,), one number a row; its shape is {tuple(m.shape)}."
+            f"multiplier must be a number, or have shape (b,), one number per row; its shape is {tuple(m.shape)}."
         )
     if not bool(m.isfinite().all()):
         raise ValueError(f"multiplier must be finite; it is {multiplier}.")
@@ -152,7 +152,7 @@ def _rows_of_multipliers(multipliers: Tensor, b: int, device: torch.device = CPU
     "The multipliers of `b` rows, (b,), and on the device which of them are not zero, (b, 1); None if none is."
     if b % len(multipliers):
         raise ValueError(
-            f"multiplier has {len(multipliers)} numbers, one a row, but the model was given {b} rows. Pass one a row, or one for all."
+            f"multiplier has {len(multipliers)} numbers, one per row, but the model was given {b} rows. Pass one per row, or one for all."
         )
     rows = multipliers.repeat_interleave(b // len(multipliers))
     return rows, None if bool((rows != 0).all()) else (rows != 0)[:, None].to(device)
