@@ -3,6 +3,7 @@ a module is exported as well.
 
     scripts/refresh [--check] [PAGE ...]     # pages by path or by name; left out, all of nbs/
 
+Pages of the reference use one thread each, so as many of them run at a time as there are cores; the others run one by one.
 Two runs on one machine write the same bytes: progress bars (stderr), live widget ids and execution times are left out.
 `--check` writes nothing and fails where a page shows something else than what is stored.
 """
@@ -11,6 +12,8 @@ import argparse
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import _export
 
@@ -19,31 +22,46 @@ import _pages
 ROOT = _pages.ROOT
 
 
+def timed(path: Path) -> tuple[str, str, float]:
+    "The page as it should be stored, what went wrong, and how long it took."
+    start = time.time()
+    try:
+        shown, error = _pages.run(path), ""
+    except _pages.CellFailed as e:
+        shown, error = "", str(e)
+    return shown, error, time.time() - start
+
+
+def finish(path: Path, shown: str, error: str, seconds: float, check: bool) -> int:
+    "Store or compare what a page shows, and export it; 1 where it failed."
+    name, stored = path.relative_to(ROOT), path.read_text(encoding="utf-8")
+    if error:
+        print(f"{name} failed\n{error}", file=sys.stderr)
+        return 1
+    changed = shown != stored
+    if changed and check:
+        print(_pages.difference(stored, shown, name), file=sys.stderr)
+    elif changed:
+        path.write_text(shown, encoding="utf-8")
+    if not check and "#| default_exp " in shown:
+        _export.export([path])
+    print(f"{'changed' if changed else 'same   '} {name} ({seconds:.0f} s)", flush=True)
+    return int(changed and check)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", help="paths or names, as in `demo` or `nbs/reference/demo.ipynb`")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     args = parser.parse_args()
     failed, begun, pages = 0, time.time(), _pages.find(args.pages)
+    together = [path for path in pages if _pages.is_exact(path)]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        for path, (shown, error, seconds) in zip(together, pool.map(timed, together), strict=True):
+            failed += finish(path, shown, error, seconds, args.check)
     for path in pages:
-        start, stored = time.time(), path.read_text(encoding="utf-8")
-        try:
-            shown = _pages.run(path)
-        except _pages.CellFailed as e:
-            print(f"{path.relative_to(ROOT)} failed\n{e}", file=sys.stderr)
-            failed += 1
-            continue
-        changed = shown != stored
-        if changed and args.check:
-            print(_pages.difference(stored, shown, path.relative_to(ROOT)), file=sys.stderr)
-            failed += 1
-        elif changed:
-            path.write_text(shown, encoding="utf-8")
-        if not args.check and "#| default_exp " in shown:
-            _export.export([path])
-        print(
-            f"{'changed' if changed else 'same   '} {path.relative_to(ROOT)} ({time.time() - start:.0f} s)", flush=True
-        )
+        if path not in together:
+            failed += finish(path, *timed(path), args.check)
     print(f"{len(pages)} pages in {(time.time() - begun) / 60:.1f} minutes")
     return min(failed, 1)
 

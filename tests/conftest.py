@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-MARKED = {  # what a file needs, so that `-m "not browser"` and the like leave it out
+MARKED = {  # what a file, or a test of that name, needs, so that `-m "not browser"` and the like leave it out
     "browser": {"test_site", "test_live"},
     "processes": {"test_distributed"},
     "compiler": {"test_compiled", "test_llamacpp"},
@@ -24,14 +24,19 @@ MARKED = {  # what a file needs, so that `-m "not browser"` and the like leave i
         "test_scores",
         "test_damage",
         "test_calibration",
+        "test_thousands_of_altered_headers_are_refused_or_obey_the_rules",
+        "test_thousands_of_damaged_files_are_refused_or_read_the_same",
+        "test_what_a_later_version_adds_is_kept_and_written_back",
+        "test_a_block_inside_of_a_compiled_function_is_refused",
     },
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for name in (name for name, files in MARKED.items() if item.path.stem in files):
-            item.add_marker(name)
+        names = {item.path.stem, getattr(item, "originalname", None)}
+        for mark in (mark for mark, marked in MARKED.items() if names & marked):
+            item.add_marker(mark)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

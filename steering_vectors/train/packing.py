@@ -70,7 +70,7 @@ def common_length(
 
 # %% ../../nbs/reference/train/packing.ipynb #beb4609c
 class _Walk:
-    "A row being written; sequences must come sorted."
+    "A row being written; sequences must come sorted, or in reverse."
 
     def __init__(self) -> None:
         self.row = Row()
@@ -97,14 +97,15 @@ class _Walk:
             self.row.end[node] = len(self.row)
         return self.row
 
-# %% ../../nbs/reference/train/packing.ipynb #28c94cee
+# %% ../../nbs/reference/train/packing.ipynb #01e2bc4d
 def _depth_first(sequences: Sequence[list[int]]) -> list[int]:
-    "Numbers of sequences in sorted order; in reverse, if the longest would be among the first."
+    "Numbers of sequences in sorted order; in reverse where, of eight or more, the longest would be among the first."
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    few = len(order) // 8
     longest = max(order, key=lambda n: len(sequences[n]), default=0)
-    return order[::-1] if order and 8 * order.index(longest) <= len(order) else order
+    return order[::-1] if few and longest in order[: few + 1] else order
 
-
+# %% ../../nbs/reference/train/packing.ipynb #28c94cee
 def pack(
     sequences: Sequence[list[int]],  # token ids
     budget: int,  # most nodes of a row
