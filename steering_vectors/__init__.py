@@ -56,6 +56,7 @@ from .train.gating import train_gate as train_gate
 from .train.optimizing import optimize_steering_vector as optimize_steering_vector
 from .train.objectives import ContrastScores as ContrastScores
 from .train.objectives import Preferences as Preferences
+from .train.curvature import Curvature as Curvature
 from .train.pools import OPEN_PROMPTS as OPEN_PROMPTS
 from .train.pools import Pool as Pool
 from .train.pools import sample_pool as sample_pool

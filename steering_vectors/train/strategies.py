@@ -19,15 +19,8 @@ from .batches import PassReader, continued_batch, inner_model
 from .distributed import logger
 from .kernels import active_kernels, find_shortcut
 from .reading import EncodedText
-from steering_vectors.train.schedules import (
-    PlannedBatch,
-    Strategy,
-    by_reading,
-    plan_batches,
-    read_by_strategy,
-    rope_regime,
-    shortcut_of,
-)
+from .schedules import PlannedBatch, Strategy, by_reading, plan_batches
+from .schedules import read_by_strategy, rope_regime, shortcut_of
 
 # %% ../../nbs/reference/train/strategies.ipynb #d0c57219
 __doc__ = """Which way of reading is exact for this model?
