@@ -248,7 +248,7 @@ def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
         mask = mask.repeat_interleave(streams, 1)
     return back(_changed(edit, rows, mask))
 
-# %% ../../nbs/reference/steer/edits.ipynb #696f7ccd
+# %% ../../nbs/reference/steer/edits.ipynb #501643ef
 def _added(edit: LayerEdit, h: Tensor, mask: bool | Tensor, call: Call) -> Tensor:
     "The activations, (b, s, d), with the vector added under `mask`."
     pattern = _pattern(mask, call) if isinstance(mask, Tensor) else True
@@ -264,7 +264,7 @@ def _added(edit: LayerEdit, h: Tensor, mask: bool | Tensor, call: Call) -> Tenso
     edit.last = key, change
     return h + change
 
-
+# %% ../../nbs/reference/steer/edits.ipynb #228a0676
 def _pattern(mask: Tensor, call: Call) -> Any:
     "A small mask on the CPU as a list, once per pass; None for others, which would have to be waited for."
     if id(mask) not in call.patterns:
@@ -272,7 +272,7 @@ def _pattern(mask: Tensor, call: Call) -> Any:
         call.patterns[id(mask)] = mask.tolist() if small else None
     return call.patterns[id(mask)]
 
-
+# %% ../../nbs/reference/steer/edits.ipynb #696f7ccd
 def _rows_at(edit: LayerEdit, h: Tensor) -> tuple[Tensor, Tensor | None]:
     "The multipliers of the rows of `h`, and which are not zero; see `_rows_of_multipliers`."
     key = (len(h), h.device)

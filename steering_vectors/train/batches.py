@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from ..steer.caches import returned
 from .kernels import Shortcut, TreeAttention, fast_kernels, tree_attention
 from .packing import AttentionReach, Row, additive_mask, ancestor_mask
 from .reading import EncodedText
-
-if TYPE_CHECKING:
-    pass
 
 # %% ../../nbs/reference/train/batches.ipynb #d0c57219
 __doc__ = """One forward pass: what goes in, which activations are kept, and where does it end?
@@ -111,13 +108,13 @@ def _pooled(h: Tensor, counts: list[int]) -> Tensor:
 class _EveryLayerRead(Exception):
     "Raised inside a pass when nothing that follows is wanted."
 
-# %% ../../nbs/reference/train/batches.ipynb #bd8142f1
+# %% ../../nbs/reference/train/batches.ipynb #4178971a
 def _end_of(shortcut: Shortcut, x: Tensor) -> Tensor:  # (k, d)
     "What the rest of a block makes of some tokens, (k, d)."
     num_unused = -len(x) % 16  # few different shapes
     return shortcut.rest(pad(x[None], (0, 0, 0, num_unused)))[0, : len(x)]
 
-
+# %% ../../nbs/reference/train/batches.ipynb #bd8142f1
 class PassReader:
     "Hooks on the wanted modules that keep the wanted tokens of each pass."
 

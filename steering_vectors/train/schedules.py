@@ -252,7 +252,7 @@ def _smaller(budget: int, lengths: list[int]) -> tuple[int, int]:
     "Half the tokens and half the texts of a pass that did not fit; its longest text must still fit."
     return max(min(budget, sum(lengths)) // 2, max(lengths)), len(lengths) // 2
 
-# %% ../../nbs/reference/train/schedules.ipynb #76b308fb
+# %% ../../nbs/reference/train/schedules.ipynb #3dafc2d2
 def shortcut_of(
     strategy: Strategy,
     modules: Mapping[int, nn.Module],  # layer -> the module to read
@@ -260,7 +260,7 @@ def shortcut_of(
     "How the last module ends early, where the strategy makes use of it."
     return find_shortcut(modules[max(modules)]) if strategy.shortcut else None
 
-
+# %% ../../nbs/reference/train/schedules.ipynb #76b308fb
 def read_by_strategy(
     strategy: Strategy,
     model: nn.Module,  # the whole model

@@ -40,7 +40,7 @@ once per vector.
 Docs: https://OWNER.github.io/steering-vectors/reference/train/strategies.html
 """
 
-# %% ../../nbs/reference/train/strategies.ipynb #fd91f76c
+# %% ../../nbs/reference/train/strategies.ipynb #92c6d1f1
 _LIMITS = {  # dtype -> least and largest difference that may count as rounding, relative to the activation
     torch.float64: (1e-12, 1e-11),
     torch.float32: (5e-6, 1e-5),
@@ -48,7 +48,7 @@ _LIMITS = {  # dtype -> least and largest difference that may count as rounding,
     torch.bfloat16: (1.5e-2, 1e-1),
 }
 
-
+# %% ../../nbs/reference/train/strategies.ipynb #fd91f76c
 def _rounding_limits(model: nn.Module) -> tuple[float, float]:
     return _LIMITS.get(model_dtype(model), _LIMITS[torch.bfloat16])
 
@@ -165,13 +165,13 @@ def choose_strategy(
             break
     return strategy  # the last candidate is the plainest
 
-# %% ../../nbs/reference/train/strategies.ipynb #f4ed024c
+# %% ../../nbs/reference/train/strategies.ipynb #f6846c00
 def _applicable(model: nn.Module, modules: Mapping[int, nn.Module], is_block: bool) -> list[Strategy]:
     "The candidates for a model; those with a shortcut only where the last module has one."
     has_shortcut = is_block and find_shortcut(modules[max(modules)]) is not None
     return [each for each in candidate_strategies(text_config(model)) if has_shortcut or not each.shortcut]
 
-
+# %% ../../nbs/reference/train/strategies.ipynb #f4ed024c
 def _plain_reading(
     model: nn.Module, modules: Mapping[int, nn.Module], texts: Mapping[int, EncodedText]
 ) -> dict[int, Tensor]:  # layer -> (n, d)
