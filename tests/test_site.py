@@ -2,7 +2,9 @@
 
 import functools
 import http.server
+import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -73,9 +75,26 @@ def named(control: Any) -> None:
         assert row.get_attribute("role") == "group" and row.get_attribute("aria-label")
 
 
-def test_every_guide_page_has_a_control_with_a_slider():
-    without = [p for p in GUIDE if '"SelectionSliderModel"' not in (SITE / p).read_text(encoding="utf-8")]
-    assert not without
+def sliders(page: str) -> list[dict[str, int]]:
+    "For each control of a page its sliders, as name and number of marks."
+    states = re.findall(r'widget-state\+json">(.*?)</script>', (SITE / page).read_text(encoding="utf-8"), re.DOTALL)
+    models = [[m["state"] for m in json.loads(state)["state"].values() if m["model_name"] == "SelectionSliderModel"] for state in states]
+    return [{m["description"]: len(m["_options_labels"]) for m in some} for some in models]
+
+
+STRENGTHS = {"multiplier", "strength", "fraction", "joy"}  # joy: one of two multipliers on the page that mixes vectors
+
+
+@pytest.mark.parametrize("page", GUIDE)
+def test_every_guide_page_moves_layer_and_multiplier(page):
+    both = [named for named in sliders(page) if "layer" in named and STRENGTHS & named.keys()]
+    assert both, sliders(page)
+    assert max(named[name] for named in both for name in STRENGTHS & named.keys()) >= 5, both
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_light(page):
+    assert (SITE / page).stat().st_size < 4 * 2**20
 
 
 @pytest.mark.parametrize("path", WITH_CONTROL)
@@ -141,8 +160,6 @@ def test_pages_open_without_errors_and_nothing_is_cut_off(home, context, path):
 
 
 def test_links_within_the_site_lead_somewhere():
-    import re
-
     texts = {page: (SITE / page).read_text(encoding="utf-8") for page in PAGES}
     ids = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in texts.items()}
     missing = set()
