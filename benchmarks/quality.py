@@ -7,7 +7,7 @@
     python benchmarks/quality.py anchors --data DIR      # random direction, untuned vector, instruction, examples on the same items
     python benchmarks/quality.py optimize --data DIR     # vectors learned by gradient against the mean difference, at equal damage
     python benchmarks/quality.py optimize_more --data DIR    # further ways of learning: steps, BiPO, response tokens, two layers
-    python benchmarks/quality.py texts --data DIR [--pool FILE]    # what the vectors do to texts that the model writes
+    python benchmarks/quality.py texts --data DIR [--pool FILE] [--quick]    # what the vectors do to texts that the model writes
     python benchmarks/quality.py speed --data DIR        # one layer and multiplier of 36 pairs, new way against plain batches
     python benchmarks/quality.py divergence calibrate --data DIR   # several in one run train their vectors once
 
@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -431,115 +432,129 @@ def surprise(model: Any, texts: list[Any]) -> float:
         return -float(TextScorer(model, texts).scores().mean())
 
 
-def run_texts(model: Any, tokenizer: Any, folder: Path, layer: int = 15, kl: float = 0.1) -> int:
-    "What vectors do to texts that the model writes, at equal damage on everyday and open requests, by readers of other statements."
+def run_texts(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> int:
+    """What vectors do to texts that the model writes, by two readers that share no statement with the learning.
+
+    The same damage for all: 0.1 nats per token, half of it on everyday requests and half on open questions."""
     pool = Pool.load(POOL) if POOL else sample_pool(model, tokenizer, layer)
-    place = ShiftPlace.of(model, layer)
-    _, answers = damage_curvature(model, tokenizer, place)
-    both = OwnAnswers((*answers.pairs, *pool.answers(len(answers)).pairs), f"{answers.what} and as many open questions")
-    damage = DamageScorer(model, both)
-    plain = written(model, tokenizer, None)
-    base = surprise(model, plain)
+    _, answers = damage_curvature(model, tokenizer, ShiftPlace.of(model, layer))
+    damage = DamageScorer(model, with_open(answers, pool))
+    base = surprise(model, written(model, tokenizer, None))
     print(
-        f"{pool}\n{both}; {len(TEXT_QUESTIONS)} questions, both signs, greedy; unsteered texts have {base:.2f} nats per token"
+        f"{pool}\n{damage.answers}\n{len(TEXT_QUESTIONS)} questions, both signs, greedy; unsteered: {base:.2f} nats per token"
     )
-    kinds = ("mean difference", "closed form of choices", "texts", "random direction")
+    ways = TEXT_WAYS[: 2 if QUICK else None]
+    found = {way: Judged() for way in ways}
     readers: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, list[list[Any]]]] = {}
-    gaps: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
-    surprises: dict[str, list[float]] = {kind: [] for kind in kinds}
-    foretold: dict[tuple[str, str, str], float] = {}
     for i, name in enumerate(SETS):
         training, test = contrasts_of(folder, name)
         readers[name] = {
             "C": train_reader(model, tokenizer, more_pairs(folder, name, 120), 15),
             "B": train_reader(model, tokenizer, more_pairs(folder, name, 200), 21),
         }
-        start = time.process_time()
-        by_texts = optimize_steering_vector(model, tokenizer, training, layer, objective="texts", pool=pool)
-        seconds = time.process_time() - start
-        made = {
-            "mean difference": vector_of(model, tokenizer, folder, name)[layer],
-            "closed form of choices": optimize_steering_vector(model, tokenizer, training, layer),
-            "texts": by_texts,
-            "random direction": random_direction(model, i),
-        }
-        scored = {letter: reader.scores(model, tokenizer, pool.pairs) for letter, reader in readers[name].items()}
+        scores = readers[name]["C"].scores(model, tokenizer, pool.pairs)
         texts[name] = {}
-        for kind, vector in made.items():
-            v = calibrate(model, tokenizer, vector, kl, damage)
+        for way in ways:
+            v = text_vector(model, tokenizer, folder, way, i, damage, pool, layer)
             down = v.provenance.extra["calibration"]["negative"]
-            texts[name][kind] = [written(model, tokenizer, v, m) for m in (1.0, down)]
-            surprises[kind].append(statistics.mean(surprise(model, some) for some in texts[name][kind]))
-            gaps[kind].append(both_ways(model, tokenizer, v, test))
-            for letter, scores in scored.items():
-                foretold[name, kind, letter] = predicted_shift(model, tokenizer, v, pool, scores) * (1 - down) / 2
-        quote = [tokenizer.decode(side[3][1]).replace("\n", " ") for side in texts[name]["texts"]]
-        print(
-            f"{name:22} texts learned in {seconds:.0f} s; surprise {surprises['texts'][-1]:.2f}\n   + {quote[0]}\n   - {quote[1]}",
-            flush=True,
-        )
-    return _texts_judged(model, tokenizer, readers, texts, gaps, surprises, foretold, base)
+            both = texts[name][way] = [written(model, tokenizer, v, m) for m in (1.0, down)]
+            for letter, reader in readers[name].items():
+                high, low = (reader.scores(model, tokenizer, some).double() for some in both)
+                found[way].moved[letter].append((high - low) / 2)
+            found[way].surprise.append(statistics.mean(surprise(model, some) for some in both))
+            found[way].gaps.append(both_ways(model, tokenizer, v, test))
+            found[way].foretold.append(predicted_shift(model, tokenizer, v, pool, scores) * (1 - down) / 2)
+            now = found[way]
+            told = ", ".join(f"{letter} {float(some[-1].mean()):+.2f}" for letter, some in now.moved.items())
+            print(
+                f"{name:22} {way:24} shift {told}; foretold {now.foretold[-1]:+.2f}; gap {float(now.gaps[-1].mean()):+.2f}; "
+                f"surprise {now.surprise[-1]:.2f}",
+                flush=True,
+            )
+        for sign, some in zip("+-", texts[name]["texts"], strict=True):
+            print(f"   {sign} {tokenizer.decode(some[3][1])!r}", flush=True)
+    return _texts_judged(model, tokenizer, readers, texts, found, base)
 
 
-def _texts_judged(
-    model: Any, tokenizer: Any, readers: Any, texts: Any, gaps: Any, surprises: Any, foretold: Any, base: float
-) -> int:
+@dataclass
+class Judged:
+    "What was measured of one method, set by set."
+
+    moved: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"C": [], "B": []})
+    gaps: list[torch.Tensor] = field(default_factory=list)
+    surprise: list[float] = field(default_factory=list)
+    foretold: list[float] = field(default_factory=list)
+
+
+TEXT_WAYS = ("mean difference", "texts", "closed form of choices", "random direction")
+
+
+def with_open(answers: OwnAnswers, pool: Pool) -> OwnAnswers:
+    "Answers to everyday requests and as many to open questions."
+    some = pool.answers(len(answers))
+    return OwnAnswers((*answers.pairs, *some.pairs), f"{answers.what} and {some.what}", answers.seed)
+
+
+def text_vector(
+    model: Any, tokenizer: Any, folder: Path, way: str, i: int, damage: DamageScorer, pool: Pool, layer: int
+) -> SteeringVector:
+    "A vector made in one way from the training pairs of a set, at the common damage."
+    training, _ = contrasts_of(folder, SETS[i])
+    if way == "texts":  # calibrated on the same answers
+        return optimize_steering_vector(model, tokenizer, training, layer, objective="texts", pool=pool)
+    if way == "closed form of choices":
+        vector = optimize_steering_vector(model, tokenizer, training, layer)
+    elif way == "mean difference":
+        samples = [tuple({"prompt": q, "response": text} for text in both) for q, *both in training]
+        vector = train_steering_vector(model, tokenizer, samples, layers=[layer], read=Tokens.generated)
+    else:
+        vector = random_direction(model, i)
+    return calibrate(model, tokenizer, vector, 0.1, damage)
+
+
+def _texts_judged(model: Any, tokenizer: Any, readers: Any, texts: Any, found: dict[str, Judged], base: float) -> int:
     "Tables and marks."
     lines: list[tuple[str, bool]] = []
+    means = found["mean difference"]
     for letter in ("C", "B"):
-        moved: dict[str, list[torch.Tensor]] = {kind: [] for kind in gaps}
-        cells = []
-        for name, kinds in texts.items():
-            for kind, (up, down) in kinds.items():
-                high, low = (readers[name][letter].scores(model, tokenizer, some) for some in (up, down))
-                moved[kind].append((high - low).double() / 2)
-                cells.append((foretold[name, kind, letter], float(moved[kind][-1].mean())))
-        print(
-            f"\nreader {letter}: {next(iter(readers.values()))[letter]}\n{'method':26}{'shift':>7}{'wrong':>7}   times the mean [90 %]   sets ahead   by set"
-        )
-        for kind, some in moved.items():
-            ratio, low_end, high_end = ratio_interval(some, moved["mean difference"])
-            each = [float(x.mean()) / float(y.mean()) for x, y in zip(some, moved["mean difference"], strict=True)]
+        print(f"\nreader {letter}\n{'method':24}{'shift':>7}{'wrong':>7}   times the mean [90 %]   sets ahead   by set")
+        for way, judged in found.items():
+            some, theirs = judged.moved[letter], means.moved[letter]
+            ratio, low, high = ratio_interval(some, theirs)
+            each = [float(x.mean()) / float(y.mean()) for x, y in zip(some, theirs, strict=True)]
             wrong, shift = float((torch.cat(some) < 0).double().mean()), float(torch.cat(some).mean())
-            ahead = sum(x > 1 for x in each)
+            ahead, sets = sum(x > 1 for x in each), " ".join(f"{x:.2f}" for x in each)
             print(
-                f"{kind:26}{shift:+7.2f}{wrong:7.2f}   {ratio:.2f} [{low_end:.2f}, {high_end:.2f}]{ahead:>11} of {len(each)}   "
-                + " ".join(f"{x:.2f}" for x in each)
+                f"{way:24}{shift:+7.2f}{wrong:7.2f}   {ratio:.2f} [{low:.2f}, {high:.2f}]{ahead:>14} of {len(each)}   {sets}"
             )
-            if kind == "texts":
-                lines.append(
-                    (
-                        f"reader {letter}: texts moved at least 1.15 times as far, lower end above 1: {ratio:.2f} [{low_end:.2f}, {high_end:.2f}]",
-                        ratio >= 1.15 and low_end > 1,
-                    )
-                )
+            if way == "texts":
+                what = f"reader {letter}: texts moved at least 1.15 times as far, lower end above 1"
+                lines.append((f"{what}: {ratio:.2f} [{low:.2f}, {high:.2f}]", ratio >= 1.15 and low > 1))
                 lines.append((f"reader {letter}: further on at least 4 of 5 sets: {ahead}", ahead >= 4))
-        both = torch.tensor(cells, dtype=torch.float64).T
-        print(
-            f"foretold from the pool without writing, over {len(cells)} sets and methods: r = {float(torch.corrcoef(both)[0, 1]):.2f}"
-        )
-    print(f"\n{'method':26}{'gap times the mean [90 %]':>28}{'surprise':>10}   of unsteered")
-    for kind, some in gaps.items():
-        ratio, low_end, high_end = ratio_interval(some, gaps["mean difference"])
-        amount = statistics.mean(surprises[kind])
-        print(f"{kind:26}{f'{ratio:.2f} [{low_end:.2f}, {high_end:.2f}]':>28}{amount:10.2f}   {amount / base:.2f}")
-    others = {kind: _specificity(model, tokenizer, readers, texts, kind) for kind in gaps if kind != "random direction"}
-    print(
-        "own shift over the mean size of the shifts of the other sets, reader C: "
-        + ", ".join(f"{k} {x:.1f}" for k, x in others.items())
-    )
-    worst = statistics.mean(surprises["texts"]) / base
+    cells = [(x, float(y.mean())) for j in found.values() for x, y in zip(j.foretold, j.moved["C"], strict=True)]
+    r = float(torch.corrcoef(torch.tensor(cells, dtype=torch.float64).T)[0, 1])
+    print(f"\nshift by C foretold from the pool, over {len(cells)} sets and methods: r = {r:.2f}")
+    print(f"{'method':24}{'gap times the mean [90 %]':>28}{'surprise':>10}   of unsteered")
+    for way, judged in found.items():
+        ratio, low, high = ratio_interval(judged.gaps, means.gaps)
+        amount = statistics.mean(judged.surprise)
+        print(f"{way:24}{f'{ratio:.2f} [{low:.2f}, {high:.2f}]':>28}{amount:10.2f}   {amount / base:.2f}")
+    if not QUICK:
+        own = {way: _specificity(model, tokenizer, readers, texts, way) for way in TEXT_WAYS[:3]}
+        told = ", ".join(f"{way} {x:.1f}" for way, x in own.items())
+        print(f"own shift over the mean size of the other sets' shifts, reader C: {told}")
+    worst = statistics.mean(found["texts"].surprise) / base
     lines.append((f"surprise of the texts at most 1.25 times the unsteered: {worst:.2f}", worst <= 1.25))
     return marks(*lines)
 
 
-def _specificity(model: Any, tokenizer: Any, readers: Any, texts: Any, kind: str) -> float:
+def _specificity(model: Any, tokenizer: Any, readers: Any, texts: Any, way: str) -> float:
     "How much further a set's vector moves texts by its own reader than by those of the other sets."
     own, other = [], []
-    for name, kinds in texts.items():
+    for name, ways in texts.items():
         for whose in texts:
-            high, low = (readers[whose]["C"].scores(model, tokenizer, some) for some in kinds[kind])
+            high, low = (readers[whose]["C"].scores(model, tokenizer, some) for some in ways[way])
             (own if whose == name else other).append(abs(float((high - low).mean()) / 2))
     return statistics.mean(own) / statistics.mean(other)
 
@@ -624,6 +639,7 @@ COMMANDS = {
     "speed": run_speed,
 }
 POOL: Path | None = None
+QUICK = False
 
 
 def main() -> int:
@@ -631,10 +647,11 @@ def main() -> int:
     parser.add_argument("commands", choices=COMMANDS, nargs="+")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the sets")
     parser.add_argument("--pool", type=Path, help="a file that Pool.save wrote, so that it is not sampled again")
+    parser.add_argument("--quick", action="store_true", help="texts: the mean difference and the texts only")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
-    global POOL
-    POOL = asked.pool
+    global POOL, QUICK
+    POOL, QUICK = asked.pool, asked.quick
     torch.set_num_threads(asked.threads)
     start = time.time()
     model, tokenizer = load_demo_model()
