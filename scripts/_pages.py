@@ -110,6 +110,7 @@ def environment(path: Path, threads: int | None = None) -> dict[str, str]:
     "What a page's kernel sees: one thread where the last digit counts, elsewhere `threads` or two."
     fixed = {"IN_TEST": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     fixed["OMP_NUM_THREADS"] = "1" if is_exact(path) else str(threads or 2)
+    fixed["OMP_WAIT_POLICY"] = "PASSIVE"  # two threads that spin would starve each other beside another program
     return os.environ | fixed
 
 
