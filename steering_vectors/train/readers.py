@@ -59,7 +59,11 @@ def _is_ids(part: Any) -> bool:
 
 # %% ../../nbs/reference/train/readers.ipynb #54a7615b
 def _encoded(
-    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Any], read: Tokens, template: Template | None
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[Any],
+    read: Tokens,
+    template: Template | None,
 ) -> dict[int, EncodedText]:  # by number
     "Texts as ids and the positions to read. Raises ValueError or TypeError for what cannot be read, with its number."
     most = context_length(model)
@@ -129,17 +133,27 @@ def _activations(
 ) -> dict[int, Tensor]:  # layer -> (n, d) float64, on the CPU
     "The mean activation of each text's tokens. Raises TypeError for one text without a list, ValueError for none."
     if isinstance(texts, (str, Mapping)) or is_messages(texts):
-        raise TypeError(f"scores takes a list of texts, and this is one: {texts!r:.60}. One text is a list of one: [text].")
+        raise TypeError(
+            f"scores takes a list of texts, and this is one: {texts!r:.60}. One text is a list of one: [text]."
+        )
     rows = list(texts)
     if not rows:
         raise ValueError("There are no texts to score. Give at least one.")
     names = resolve_layers(model, reader.layer_type, reader.layer_config)
-    modules = {n: model.get_submodule(names[n]) for n in resolve_layer_numbers(reader.directions, names, reader.layer_type)}
-    return _answer_means(model, modules, _encoded(model, tokenizer, rows, reader.read, template), batch_size, reader.layer_type)
+    modules = {
+        n: model.get_submodule(names[n]) for n in resolve_layer_numbers(reader.directions, names, reader.layer_type)
+    }
+    return _answer_means(
+        model, modules, _encoded(model, tokenizer, rows, reader.read, template), batch_size, reader.layer_type
+    )
 
 # %% ../../nbs/reference/train/readers.ipynb #fc23f3ef
 def _answer_means(
-    model: nn.Module, modules: Mapping[int, nn.Module], texts: Mapping[int, EncodedText], batch_size: int | None, kind: LayerType
+    model: nn.Module,
+    modules: Mapping[int, nn.Module],
+    texts: Mapping[int, EncodedText],
+    batch_size: int | None,
+    kind: LayerType,
 ) -> dict[int, Tensor]:  # layer -> (n, d) float64, on the CPU
     "The mean activation over each text's tokens, in order."
     parts: dict[int, list[Tensor]] = {n: [] for n in modules}
@@ -182,7 +196,9 @@ def train_reader(
     )  # fmt: skip
     counts = len(high[numbers[0]]), len(low[numbers[0]])
     if min(counts) < 4:
-        raise ValueError(f"A reader is learned from at least 4 texts of each class; there are {counts[0]} and {counts[1]}.")
+        raise ValueError(
+            f"A reader is learned from at least 4 texts of each class; there are {counts[0]} and {counts[1]}."
+        )
     return _learned_reader(high, low, layer_type, layer_config, read)
 
 # %% ../../nbs/reference/train/readers.ipynb #e3a3edc1

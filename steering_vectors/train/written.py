@@ -6,7 +6,7 @@
 __all__ = ['predicted_shift', 'FromTexts', 'equal_parts', 'reading_layers', 'learn_from_texts']
 
 # %% ../../nbs/reference/train/written.ipynb #9a87d380
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
