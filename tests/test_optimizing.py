@@ -248,10 +248,11 @@ def _as_new(model: Any) -> Any:
 def test_what_is_kept_for_a_model_does_not_keep_the_model() -> None:
     model = tiny_model()
     damage_curvature(model, tiny_tokenizer(), ShiftPlace.of(model, 1), PROMPTS)
-    there, count = weakref.ref(model), len(_kept)
+    there = weakref.ref(model)
+    assert model in _kept
     del model
     gc.collect()
-    assert there() is None and len(_kept) == count - 1
+    assert there() is None
 
 
 def test_what_has_no_backward_is_refused_in_words() -> None:
@@ -314,7 +315,7 @@ def test_mixed_curvature_is_the_mean() -> None:
     )
     v = torch.randn(8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     assert mixed([a, b]).damage(v) == pytest.approx((a.damage(v) + b.damage(v)) / 2)
-    assert Curvature(torch.zeros(1, 8)).damage(v) >= 0
+    assert Curvature(torch.zeros(1, 8, dtype=torch.float64)).damage(v) >= 0
 
 
 def test_other_threads_and_later_passes_are_untouched() -> None:
@@ -338,5 +339,5 @@ def test_a_vector_by_hand_learns_through_apply() -> None:
         adam.zero_grad()
         loss.backward()
         adam.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]

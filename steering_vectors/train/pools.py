@@ -165,8 +165,8 @@ def _means_by(groups: Tensor, values: Tensor) -> Tensor:
     "For each value the mean of its group."
     _, index, counts = groups.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, index, values)
-    means: Tensor = (sums / counts)[index]
-    return means
+    found: Tensor = (sums / counts)[index]
+    return found
 
 
 def _rank(groups: Tensor, n: int) -> int:
