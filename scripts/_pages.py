@@ -106,15 +106,13 @@ def is_exact(path: Path) -> bool:
     return path.relative_to(NBS).parts[0] == "reference"
 
 
-def environment(path: Path, threads: int | None = None) -> dict[str, str]:
-    "What a page's kernel sees: one thread where the last digit counts, elsewhere `threads` or two."
-    fixed = {"IN_TEST": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    fixed["OMP_NUM_THREADS"] = "1" if is_exact(path) else str(threads or 2)
-    fixed["OMP_WAIT_POLICY"] = "PASSIVE"  # two threads that spin would starve each other beside another program
+def environment() -> dict[str, str]:
+    "What a page's kernel sees. One thread each, so that pages can run side by side and print the same digits."
+    fixed = {"IN_TEST": "1", "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
     return os.environ | fixed
 
 
-def run(path: Path, threads: int | None = None) -> str:
+def run(path: Path) -> str:
     "Run the page at `path` in a kernel and return it as it should be stored."
     import nbformat
     from nbclient import NotebookClient
@@ -130,7 +128,7 @@ def run(path: Path, threads: int | None = None) -> str:
     place = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place, extra_arguments=["--log-level=40"])
     try:
-        client.execute(env=environment(path, threads))
+        client.execute(env=environment())
     except AssertionError:  # nbclient's own, about the client it lost
         raise CellFailed("The kernel died while the page ran.") from None
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:

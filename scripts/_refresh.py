@@ -3,7 +3,7 @@ a module is exported as well.
 
     scripts/refresh [--check] [PAGE ...]     # pages by path or by name; left out, all of nbs/
 
-Pages of the reference use one thread each, so as many of them run at a time as there are cores; the others run one by one.
+Each page uses one thread, so as many of them run at a time as there are cores.
 Two runs on one machine write the same bytes: progress bars (stderr), live widget ids and execution times are left out.
 `--check` writes nothing and fails where a page shows something else than what is stored.
 """
@@ -55,13 +55,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     args = parser.parse_args()
     failed, begun, pages = 0, time.time(), _pages.find(args.pages)
-    together = [path for path in pages if _pages.is_exact(path)]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        for path, (shown, error, seconds) in zip(together, pool.map(timed, together), strict=True):
+        for path, (shown, error, seconds) in zip(pages, pool.map(timed, pages), strict=True):
             failed += finish(path, shown, error, seconds, args.check)
-    for path in pages:
-        if path not in together:
-            failed += finish(path, *timed(path), args.check)
     print(f"{len(pages)} pages in {(time.time() - begun) / 60:.1f} minutes")
     return min(failed, 1)
 
