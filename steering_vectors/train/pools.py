@@ -157,8 +157,7 @@ class Pool:
         return read_pool(path)
 
     def __repr__(self) -> str:
-        count = len(self.questions.unique())
-        return f"Pool({len(self)} answers to {count} {self.what}, layers {list(self.modules)}, seed {self.seed})"
+        return f"Pool({len(self)} answers to {self.what}, layers {list(self.modules)}, seed {self.seed})"
 
 # %% ../../nbs/reference/train/pools.ipynb #d38d1fb0
 def _means_by(groups: Tensor, values: Tensor) -> Tensor:
@@ -207,7 +206,7 @@ def sample_pool(
         found, lengths = _gradients(model, pairs, place, show_progress)
     questions, name = torch.arange(len(rows)).repeat_interleave(count), getattr(model.config, "_name_or_path", "") or ""
     told = None if tokens is None else repr(place.tokens)
-    what = "open questions" if prompts is None else what
+    what = f"{len(asked)} open questions" if prompts is None else what
     return Pool(tuple(pairs), questions, found, place.modules, layer_type, told, lengths, what, seed, name)
 
 # %% ../../nbs/reference/train/pools.ipynb #1e63b5eb
