@@ -24,6 +24,7 @@ MARKED = {  # what a file, or a test of that name, needs, so that `-m "not brows
         "test_scores",
         "test_damage",
         "test_calibration",
+        "test_forks",
         "test_thousands_of_altered_headers_are_refused_or_obey_the_rules",
         "test_thousands_of_damaged_files_are_refused_or_read_the_same",
         "test_what_a_later_version_adds_is_kept_and_written_back",
