@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "nbs" / "guide" / "serve.ipynb"
 QUESTION, NEW = "Tell me about your day.", 24
 WHICH = {"every token": None, "the answer": Tokens.response, "its first 8 tokens": Tokens.response[:8]}
-LAYERS, MULTIPLIERS = [12, 15, 18], [-3, 0, 3]
+LAYERS, MULTIPLIERS = [12, 15, 18], [-3, -1, 0, 1, 3]
 
 
 @pytest.fixture(scope="module")
