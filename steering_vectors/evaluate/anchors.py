@@ -172,7 +172,9 @@ def prompt_effect(
         own_answers(model, tokenizer, requests, seed=seed, chat=chat, template=template) if answers is None else answers
     )
     if len(own.pairs) != len(requests):
-        raise ValueError(f"There are {len(own.pairs)} answers and {len(requests)} prompts. Pass the prompts that they answer.")
+        raise ValueError(
+            f"There are {len(own.pairs)} answers and {len(requests)} prompts. Pass the prompts that they answer."
+        )
     fronts = [_in_front(tokenizer, before, p, chat, template) for p in requests]
     rows = [prompt_ids(tokenizer, p, chat, None, template)[0].tolist() for p in fronts]
     with undisturbed(model):

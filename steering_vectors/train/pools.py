@@ -209,6 +209,12 @@ def sample_pool(
     what = f"{len(asked)} open questions" if prompts is None else what
     return Pool(tuple(pairs), questions, found, place.modules, layer_type, told, lengths, what, seed, name)
 
+# %% ../../nbs/reference/train/pools.ipynb #1e63b5ec
+def _with_bar(values: Sequence[Any], show: bool, words: str) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(values, desc=words, disable=not show)
+
 # %% ../../nbs/reference/train/pools.ipynb #1e63b5eb
 def _gradients(
     model: Any, pairs: list[Scored], place: ShiftPlace, show_progress: bool, at_once: int = 64
@@ -220,12 +226,6 @@ def _gradients(
         some, lengths = row_gradients(model, pairs[i : i + at_once], place)
         found.append(some[:, 0])
     return torch.cat(found), lengths
-
-
-def _with_bar(values: Sequence[Any], show: bool, words: str) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(values, desc=words, disable=not show)
 
 # %% ../../nbs/reference/train/pools.ipynb #87547a39
 _FORMAT = "steering-vectors pool 1"
