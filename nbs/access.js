@@ -17,7 +17,8 @@ document.addEventListener("DOMContentLoaded", () => {
     if (handle) { set(handle, "aria-label", label); set(handle, "aria-valuetext", value); }
     if (row.classList.contains("widget-toggle-buttons")) { set(row, "role", "group"); set(row, "aria-label", label); }
   }
-  const nameAll = () => document.querySelectorAll(".steer-control .widget-inline-hbox").forEach(name);
+  const nameAll = () => 
+    document.querySelectorAll(".steer-control .widget-inline-hbox, .steer-control .widget-toggle-buttons").forEach(name);
   new MutationObserver(nameAll).observe(document.body, {
     subtree: true, childList: true, characterData: true, attributeFilter: ["aria-valuetext"],
   });

@@ -41,9 +41,10 @@ def context():
 
 
 def moves(w: Watched, control: Any) -> None:
-    "Go along every picker of a control from end to end; each must change what is shown."
+    """Go along every picker of a control from end to end; each must change what is shown. The multiplier comes last among
+    the sliders and is moved first, since no layer changes anything at multiplier 0."""
     handles = control.locator(".noUi-handle")
-    for i in range(handles.count()):
+    for i in reversed(range(handles.count())):
         handle, seen = handles.nth(i), set()
         handle.press("Home")
         steps = int(float(handle.get_attribute("aria-valuemax") or 1))
@@ -78,7 +79,10 @@ def named(control: Any) -> None:
 def sliders(page: str) -> list[dict[str, int]]:
     "For each control of a page its sliders, as name and number of marks."
     states = re.findall(r'widget-state\+json">(.*?)</script>', (SITE / page).read_text(encoding="utf-8"), re.DOTALL)
-    models = [[m["state"] for m in json.loads(state)["state"].values() if m["model_name"] == "SelectionSliderModel"] for state in states]
+    models = [
+        [m["state"] for m in json.loads(state)["state"].values() if m["model_name"] == "SelectionSliderModel"]
+        for state in states
+    ]
     return [{m["description"]: len(m["_options_labels"]) for m in some} for some in models]
 
 
