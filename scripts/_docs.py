@@ -99,7 +99,9 @@ def readme() -> str:
                 parts.append(f"``` python\n{source}\n```")
             parts += filter(None, map(shown, cell.get("outputs", [])))
     site = config.doc_host + config.doc_baseurl.rstrip("/") + "/"
-    return re.sub(r"\]\(([\w/]+)\.ipynb", rf"]({site}\1.html", "\n\n".join(parts)) + "\n"  # a package index shows it, too
+    return (
+        re.sub(r"\]\(([\w/]+)\.ipynb", rf"]({site}\1.html", "\n\n".join(parts)) + "\n"
+    )  # a package index shows it, too
 
 
 if __name__ == "__main__":
