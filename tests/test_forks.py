@@ -105,21 +105,11 @@ def gemma_like() -> tuple[Any, Any]:
     return brief(model_of("gemma3", 26, len(tokenizer))), tokenizer
 
 
-FAILING = {  # strict: whoever mends it takes the line out
-    (
-        "your_own_vector",
-        gemma_like,
-    ): "explore() cannot tell padding in a pass of a Gemma 3 with images: no plain mask, no ids",
-}
-
-
 @pytest.mark.parametrize("load", [base, chat, gemma_like], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_a_tutorial_runs_with_another_model(page: Path, load: Any, monkeypatch: Any, capsys: Any, request: Any) -> None:
+def test_a_tutorial_runs_with_another_model(page: Path, load: Any, monkeypatch: Any, capsys: Any) -> None:
     if page.stem == "a_persona_over_a_conversation" and load is base:
         pytest.skip("a conversation needs a chat template, and the page says so")
-    if (page.stem, load) in FAILING:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=FAILING[page.stem, load]))
     source = "\n".join(cells(page, "code"))
     assert len(re.findall(r"load_demo_model\(", source)) == 1, "one line loads the model"
     monkeypatch.setattr(steering_vectors.demo, "load_demo_model", load)

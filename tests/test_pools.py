@@ -1,6 +1,7 @@
 """Pools of a model's own answers: what is in them, that they are reused, saved and loaded, and refuse what does not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +228,51 @@ def test_files_that_hold_no_pool_are_refused(tmp_path: Path, tiny: Any) -> None:
         tmp_path / "short",
         {"format": "steering-vectors pool 1", "pool": json.dumps({"modules": {}, "lengths": {}})},
     )
+    whole = {"gradients": pool.gradients, "questions": pool.questions, "sizes": torch.ones(3, 2).long()}
+    for name, header, count in (("unread", "{", 6), ("unknown", '{"modules": {}, "lengths": {}, "later": 1}', 6)):
+        tensors = whole | {"ids": torch.ones(count).long()}
+        save_file(tensors, tmp_path / name, {"format": "steering-vectors pool 1", "pool": header})
+    facts = {"format": "steering-vectors pool 1", "pool": json.dumps({"modules": {}, "lengths": {}})}
+    save_file(whole | {"ids": torch.ones(5).long()}, tmp_path / "ids", facts)
     for name, words in (
         ("text", "no safetensors file"),
         ("other", "holds no pool"),
         ("short", "3 answers and 2 gradients"),
+        ("unread", "unread cannot be read as a pool"),
+        ("unknown", "unknown cannot be read as a pool"),
+        ("ids", "ids cannot be read as a pool"),
     ):
         with pytest.raises(ValueError, match=words):
             Pool.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         Pool.load(tmp_path / "absent")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, tiny: Any, monkeypatch: Any) -> None:
+    _, _, pool = tiny
+    pool.save(tmp_path / "p")
+    before = (tmp_path / "p").read_bytes()
+
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(OSError, match="no space"):
+        pool.save(tmp_path / "p")
+    assert (tmp_path / "p").read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["p"]
+
+
+def test_a_pool_of_another_model_is_refused(tiny: Any) -> None:
+    model, tokenizer, pool = tiny
+    theirs, other = replace(pool, model="org/theirs"), tiny_model()
+    other.config._name_or_path = "org/ours"
+    with pytest.raises(ValueError, match="answers of org/theirs, and the model is org/ours"):
+        predicted_shift(other, tokenizer, SteeringVector({1: torch.ones(32)}), theirs, likes(pool))
+    with pytest.raises(ValueError, match="answers of org/theirs"):
+        how = {"objective": "texts", "pool": theirs, "reader": likes(pool), "prompts": ["Hello"]}
+        optimize_steering_vector(other, tokenizer, CONTRASTS, 1, **how)
+    other.config._name_or_path = "/cache/models--org--theirs/snapshots/0a1b"  # the same model, in a folder
+    assert predicted_shift(other, tokenizer, SteeringVector({1: torch.ones(32)}), theirs, likes(pool))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Readers: against scikit-learn, by ids and by words, on several families; refusals; nothing of the user's is changed."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,9 @@ def test_refusals() -> None:
     ]:
         with pytest.raises(kind, match=words):
             reader.scores(model, tokenizer, texts)
+    narrow = replace(reader, directions={1: torch.ones(8, dtype=torch.float64)})
+    with pytest.raises(ValueError, match="width 8, and the model returns width 32"):
+        narrow.scores(model, tokenizer, UNSEEN)
     strings = train_reader(model, tokenizer, [(a.upper(), a) for a in SAID], layers=1, read=Tokens.all[1:])
     assert strings.scores(model, tokenizer, ["unmarked"]).shape == (1,)
 

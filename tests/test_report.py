@@ -18,11 +18,14 @@ from steering_vectors import (
     ablation_operator,
     calibrate,
     completion_gap,
+    decay,
     divergence,
     own_answers,
     plot_report,
+    predicted_shift,
     random_direction,
     report,
+    sample_pool,
     text_shift,
     train_reader,
     train_steering_vector,
@@ -138,6 +141,20 @@ def test_the_readers_that_are_used() -> None:
 def test_any_one_steering_can_be_judged(how: Any) -> None:
     found = card(steering=vector().steering(**how), anchors=True)
     assert found.cost.value > 0 and repr(found) and found.to_dict()["steering"] == repr(vector().steering(**how))
+
+
+def test_a_pool_foretells_the_texts() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    pool = sample_pool(model, tokenizer, 1, ["Hi", "Well?"], answers=6, length=4)
+    v, reader = vector(model), train_reader(model, tokenizer, PAIRS, layers=1)
+    found = card(model, v.steering(multiplier=0.5), reader=reader, pool=pool)
+    wanted = predicted_shift(model, tokenizer, v, pool, reader, 0.5)
+    assert found.predicted_shift == pytest.approx(wanted) and wanted != 0
+    assert found.to_dict()["predicted_shift"] == found.predicted_shift
+    assert "shift of texts, predicted" in repr(found)
+    for how in ({"operator": ablation_operator()}, {"schedule": decay(4)}):
+        with pytest.raises(ValueError, match="Leave the pool out"):
+            card(model, v.steering(**how), reader=reader, pool=pool)
 
 
 def test_the_breaking_mark() -> None:

@@ -27,7 +27,7 @@ from ..train.budgets import as_budget, calibrated, held_for, met_budget
 from ..train.chats import Template
 from ..train.damage import DamageScorer, OwnAnswers, own_answers
 from ..train.prompts import Prompt
-from ..vectors.provenance import Provenance
+from ..vectors.provenance import Provenance, short_name
 from ..vectors.strengths import calibration_of
 from ..vectors.vector import SteeringVector
 
@@ -162,7 +162,7 @@ def _check_whose(model: "PreTrainedModel", story: Provenance) -> None:
     "Refuse a vector that was made with another model."
     config = text_config(model)
     here = getattr(model.config, "_name_or_path", "") or ""
-    ours, theirs = _last_name(here), _last_name(story.model_id or "")
+    ours, theirs = short_name(here), short_name(story.model_id or "")
     facts = {"num_hidden_layers": story.num_layers, "hidden_size": story.hidden_size}
     other = [f"{name} {told}" for name, told in facts.items() if told and getattr(config, name, told) != told]
     if ours and theirs and ours != theirs:
@@ -172,13 +172,6 @@ def _check_whose(model: "PreTrainedModel", story: Provenance) -> None:
             f"This vector was made with another model ({other[0]}; this one is {here or type(model).__name__}), and what it costs "
             "there is not what it costs here. If they are one model under two names, set provenance.model_id to this one's."
         )
-
-# %% ../../nbs/reference/evaluate/calibration.ipynb #75392673
-def _last_name(model_id: str) -> str:
-    "The model's own name in a name on the Hub, a folder, or a folder of the Hub's cache."
-    parts = model_id.rstrip("/").split("/")
-    cached = [part for part in parts if part.startswith("models--")]
-    return cached[-1].split("--")[-1] if cached else parts[-1]
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #084dbc4c
 Calibratable = TypeVar("Calibratable", SteeringVector, Steering)

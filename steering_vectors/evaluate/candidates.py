@@ -187,7 +187,7 @@ class Bench:
         facts = made.vector.provenance.extra["calibration"]
         return self.row(method, made, facts["reached"], facts["scaled_by"], kind)
 
-    def astrained_vectors(self, method: str, vector: SteeringVector) -> TuningRow:
+    def as_trained(self, method: str, vector: SteeringVector) -> TuningRow:
         "A vector at multiplier 1, whatever that costs, as a row."
         plain = vector.steering(**self.how)
         with undisturbed(self.model):

@@ -28,8 +28,10 @@ from ..steer.operators import addition_operator
 from ..steer.steering import Steering, as_steering
 from ..train.chats import ChatMessages, Template
 from ..train.damage import EVERYDAY_PROMPTS, DamageScorer, own_answers
+from ..train.pools import Pool
 from ..train.prompts import Prompt
 from ..train.readers import Reader, train_reader
+from ..train.written import predicted_shift
 from ..vectors.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -140,6 +142,15 @@ def _random_rows(
     name = "the largest of 4 random directions"
     return [TuningRow(layers, name, estimate(change), wrong, facts["reached"], kind="anchor")]
 
+# %% ../../nbs/reference/evaluate/report.ipynb #2ca82102
+def _foretold(model: Any, tokenizer: Any, steering: Steering, pool: Pool, reader: Reader) -> float:
+    "How far texts are foretold to move at multiplier 1. Raises ValueError for a steering that a pool does not foretell."
+    vector = steering.vector
+    plain = steering.operator == addition_operator() and steering.when is None and steering.schedule is None
+    if not plain or not isinstance(vector, SteeringVector) or not isinstance(steering.strength, float):
+        raise ValueError("A pool foretells what one vector does that is added with one multiplier. Leave the pool out.")
+    return predicted_shift(model, tokenizer, vector, pool, reader, steering.strength)
+
 # %% ../../nbs/reference/evaluate/report.ipynb #e8a4517f
 def report(
     model: "PreTrainedModel",  # not changed
@@ -153,7 +164,8 @@ def report(
     prompts: Sequence[Prompt] | None = None,  # whose answers show the damage; None: 24 everyday requests
     questions: Sequence[Prompt] | None = None,  # whose answers are read; None: 12 open questions
     before: Mapping[str, str | ChatMessages] | None = None,  # words in front as anchors, by name
-    anchors: bool = True,  # measure a random direction of the same damage as well
+    anchors: bool = True,  # measure random directions of the same damage as well
+    pool: Pool | None = None,  # of the model's own answers: foretells how far texts move, beside the reading of them
     max_new_tokens: int = 28,
     seed: int = 1,  # of the answers that show the damage: others than those that `calibrate` draws by itself
     batch_size: int | None = None,  # most texts in one pass; None lets the token budget decide
@@ -163,17 +175,13 @@ def report(
     """The card of a steering, on contrasts that had no part in it.
 
     Raises ValueError for no contrasts, multiplier 0 and layers that do not fit; TypeError for several steerings."""
-    items, samples = (
-        _contrasts(contrasts, "contrast"),
-        None if training_samples is None else kept_samples(training_samples),
-    )
+    items = _contrasts(contrasts, "contrast")
+    samples = None if training_samples is None else kept_samples(training_samples)
     text_how: dict[str, Any] = {"chat": chat, "template": template}
     how = {"batch_size": batch_size, **text_how}
-    given = (
-        _one(steering)
-        if kl is None
-        else calibrate(model, tokenizer, _one(steering), kl, prompts, batch_size=batch_size, **text_how)
-    )
+    given = _one(steering)
+    if kl is not None:
+        given = calibrate(model, tokenizer, given, kl, prompts, batch_size=batch_size, **text_how)
     here = in_model(model, given)
     requests = list(EVERYDAY_PROMPTS) if prompts is None else list(prompts)
     scorer = DamageScorer(model, own_answers(model, tokenizer, requests, seed=seed, **text_how), batch_size)
@@ -204,6 +212,7 @@ def report(
         "" if found is None else f"{found!r}, trained on {told if told != 'given' else 'statements of its own'}",
         tuple(rows),
         tuple(_cautions(items, samples, cost, found, told)),
+        None if pool is None or found is None else _foretold(model, tokenizer, given, pool, found),
     )
 
 # %% ../../nbs/reference/evaluate/report.ipynb #b0255356

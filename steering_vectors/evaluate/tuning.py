@@ -154,11 +154,8 @@ def tune(
 
     Raises ValueError for too few contrasts, for layers that do not exist and for a budget that is not reached."""
     choose, judge = halves(_contrasts(contrasts, "contrast"), test, seed)
-    samples, methods, (asked, what) = (
-        kept_samples(training_samples),
-        named_methods(aggregators),
-        _requests(prompts, before),
-    )
+    samples, methods = kept_samples(training_samples), named_methods(aggregators)
+    asked, what = _requests(prompts, before)
     numbers = sorted(resolve_layers(model, layer_type, layer_config))
     tried, middle = layers_to_try(numbers, layers, layer_type), numbers[len(numbers) // 2]
     notes = _notes(len(choose), len(judge), repeated([*choose, *judge], samples))
@@ -177,7 +174,7 @@ def tune(
     if anchors:
         plain = next(iter(trained.values()))[middle]
         rows.append(bench.calibrated("random direction", random_direction(plain, seed), "anchor"))
-        rows.append(bench.astrained_vectors(f"{next(iter(trained))}, as trained", plain))
+        rows.append(bench.as_trained(f"{next(iter(trained))}, as trained", plain))
     for name, words in (before or {}).items():
         found = prompt_effect(model, tokenizer, words, judge, asked, answers, seed, batch_size, chat, template)
         rows.append(TuningRow((), name, found.effect, found.wrong_way, found.damage.value, kind="anchor"))

@@ -105,7 +105,7 @@ class Call:
     wants_ids: bool = False  # whether a selection needs the ids before
     before: Tensor | None = None  # (b, start) token ids of the columns before, once they were looked for
     masks: dict[Any, bool | Tensor] = field(default_factory=dict)  # worked out so far
-    patterns: dict[int, Any] = field(default_factory=dict)  # the small ones among them as lists, by identity
+    patterns: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)  # by identity: each, and as a list if small
 
     @property
     def fresh(self) -> bool:

@@ -269,8 +269,8 @@ def _pattern(mask: Tensor, call: Call) -> Any:
     "A small mask on the CPU as a list, once per pass; None for others, which would have to be waited for."
     if id(mask) not in call.patterns:
         small = type(mask) is Tensor and mask.device == CPU and mask.numel() <= 64
-        call.patterns[id(mask)] = mask.tolist() if small else None
-    return call.patterns[id(mask)]
+        call.patterns[id(mask)] = mask, mask.tolist() if small else None  # kept, so that no other gets its identity
+    return call.patterns[id(mask)][1]
 
 # %% ../../nbs/reference/steer/edits.ipynb #696f7ccd
 def _rows_at(edit: LayerEdit, h: Tensor) -> tuple[Tensor, Tensor | None]:

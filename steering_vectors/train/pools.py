@@ -27,6 +27,9 @@ from .damage import OwnAnswers, _check_known, _drawn_answers, _listed_prompts
 from .distributed import logger
 from .gradients import ShiftPlace, check_backward, row_gradients
 from .prompts import Prompt, prompt_ids
+from ..vectors.files import write_atomically
+from ..vectors.headers import read_json
+from ..vectors.provenance import short_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,6 +139,15 @@ class Pool:
         some = tuple((asked, said[:length]) for asked, said in (self.pairs[n] for n in by_question[:count]))
         return OwnAnswers(some, f"{len(some)} answers to {self.what}", self.seed)
 
+    def check_model(self, model: Any) -> None:
+        "Raise ValueError where the pool is of another model."
+        here = getattr(model.config, "_name_or_path", "") or ""
+        if self.model and here and short_name(self.model) != short_name(here):
+            raise ValueError(
+                f"This pool holds answers of {self.model}, and the model is {here}. Make one with `sample_pool`, or read the pool "
+                "of this model. If they are one model under two names: dataclasses.replace(pool, model='')."
+            )
+
     def check(self, place: ShiftPlace) -> None:
         "Raise ValueError where the pool was made for another place."
         asked = dict(place.modules), place.layer_type, None if place.tokens is None else repr(place.tokens)
@@ -232,8 +244,8 @@ _FORMAT = "steering-vectors pool 1"
 
 # %% ../../nbs/reference/train/pools.ipynb #c0c3202b
 def write_pool(path: str | os.PathLike[str], pool: Pool) -> None:
-    "A pool as one safetensors file."
-    from safetensors.torch import save_file
+    "A pool as one safetensors file, whole or not at all."
+    from safetensors.torch import save
 
     sizes = [[len(asked), len(said)] for asked, said in pool.pairs]
     ids = [i for asked, said in pool.pairs for i in [*asked, *said]]
@@ -245,7 +257,7 @@ def write_pool(path: str | os.PathLike[str], pool: Pool) -> None:
         "modules": {str(n): name for n, name in pool.modules.items()}, "layer_type": pool.layer_type, "tokens": pool.tokens,
         "lengths": {str(n): x for n, x in pool.lengths.items()}, "what": pool.what, "seed": pool.seed, "model": pool.model,
     }  # fmt: skip
-    save_file(tensors, path, {"format": _FORMAT, "pool": json.dumps(facts)})
+    write_atomically(path, save(tensors, {"format": _FORMAT, "pool": json.dumps(facts)}))
 
 # %% ../../nbs/reference/train/pools.ipynb #f38aab4f
 def read_pool(path: str | os.PathLike[str]) -> Pool:
@@ -262,12 +274,14 @@ def read_pool(path: str | os.PathLike[str]) -> Pool:
         raise ValueError(
             f"{os.fspath(path)} holds no pool that this version reads ({header.get('format', 'no format')})."
         )
-    facts, sizes = json.loads(header["pool"]), tensors["sizes"].tolist()
-    parts = tensors["ids"].split([size for both in sizes for size in both])
-    rows = [part.tolist() for part in parts]
-    pairs = tuple(zip(rows[0::2], rows[1::2], strict=True))
-    if not len(pairs) == len(tensors["gradients"]) == len(tensors["questions"]):
-        raise ValueError(f"{os.fspath(path)} has {len(pairs)} answers and {len(tensors['gradients'])} gradients.")
-    for name in ("modules", "lengths"):
-        facts[name] = {int(n): value for n, value in facts[name].items()}
-    return Pool(pairs, tensors["questions"], tensors["gradients"], **facts)
+    try:
+        facts, sizes = read_json(header["pool"]), tensors["sizes"].tolist()
+        rows = [part.tolist() for part in tensors["ids"].split([size for both in sizes for size in both])]
+        for name in ("modules", "lengths"):
+            facts[name] = {int(n): value for n, value in facts[name].items()}
+        pool = Pool(tuple(zip(rows[0::2], rows[1::2], strict=True)), tensors["questions"], tensors["gradients"], **facts)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read as a pool: {error}") from error
+    if not len(pool) == len(pool.gradients) == len(pool.questions):
+        raise ValueError(f"{os.fspath(path)} has {len(pool)} answers and {len(pool.gradients)} gradients.")
+    return pool

@@ -116,6 +116,10 @@ class Reader:
     ) -> Tensor:  # (n,) float32, on the CPU: 0 half way between the classes, 1 and -1 at their means
         "How far each text lies towards the concept; averaged over the reader's layers."
         acts = _activations(self, model, tokenizer, texts, batch_size, template)
+        widths = {(len(v), acts[n].shape[1]) for n, v in self.directions.items()}
+        if any(mine != theirs for mine, theirs in widths):
+            mine, theirs = widths.pop()
+            raise ValueError(f"This reader has width {mine}, and the model returns width {theirs}. Train one with this model.")
         each = [acts[n] @ v - self.offsets[n] for n, v in self.directions.items()]
         return torch.stack(each).mean(0).float()
 

@@ -73,6 +73,7 @@ def predicted_shift(
     multiplier: float = 1.0,
 ) -> float:  # in the reader's units
     "How far a vector will move the mean score of what the model writes. Raises ValueError where it acts elsewhere."
+    pool.check_model(model)
     shift = _direction_in(pool, vector)
     scores = reader if isinstance(reader, Tensor) else reader.scores(model, tokenizer, pool.pairs)
     if scores.shape != (len(pool),):
@@ -147,6 +148,7 @@ def learn_from_texts(
                 template=template,
             ),  # fmt: skip
         )
+    pool.check_model(model)
     pool.check(place)
     if reader is None:
         reader = train_reader(

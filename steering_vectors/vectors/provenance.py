@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'COUNTS', 'OPEN', 'OWN_FIELDS', 'KNOWN_FIELDS', 'Provenance', 'is_finite', 'check_unknown', 'check_fields',
-           'library_version']
+           'library_version', 'short_name']
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #6e9f1311
 import math
@@ -118,3 +118,12 @@ def library_version() -> str | None:
         return version("steering-vectors")
     except PackageNotFoundError:
         return None
+
+# %% ../../nbs/reference/vectors/provenance.ipynb #75392673
+def short_name(
+    model_id: str,  # or a path
+) -> str:
+    "The model's own name in a name on the Hub, a folder, or a folder of the Hub's cache."
+    parts = model_id.rstrip("/").split("/")
+    cached = [part for part in parts if part.startswith("models--")]
+    return cached[-1].split("--")[-1] if cached else parts[-1]
