@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemm
 import steering_vectors.demo
 from steering_vectors.demo import tiny_model
 
-PAGES = sorted((Path(__file__).parents[1] / "nbs" / "tutorials").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 WORDS = (
@@ -122,3 +123,16 @@ def test_a_tutorial_runs_with_another_model(page: Path, load: Any, monkeypatch: 
     said = "".join(capsys.readouterr())
     assert "Traceback (most recent call last)" not in said, said  # IPython prints what a display raises, and goes on
     assert not shell.user_ns.get("embedded")
+
+
+def test_the_lines_for_a_model_of_ones_own_run(monkeypatch: Any, capsys: Any) -> None:
+    "What the home page and README.md say is the whole of it, with a model that was not the pages' own."
+    import transformers
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AutoTokenizer" in block]
+    model, tokenizer = base()
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    exec(lines, {})
+    assert capsys.readouterr().out.strip()

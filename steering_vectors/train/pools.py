@@ -279,7 +279,9 @@ def read_pool(path: str | os.PathLike[str]) -> Pool:
         rows = [part.tolist() for part in tensors["ids"].split([size for both in sizes for size in both])]
         for name in ("modules", "lengths"):
             facts[name] = {int(n): value for n, value in facts[name].items()}
-        pool = Pool(tuple(zip(rows[0::2], rows[1::2], strict=True)), tensors["questions"], tensors["gradients"], **facts)
+        pool = Pool(
+            tuple(zip(rows[0::2], rows[1::2], strict=True)), tensors["questions"], tensors["gradients"], **facts
+        )
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as a pool: {error}") from error
     if not len(pool) == len(pool.gradients) == len(pool.questions):

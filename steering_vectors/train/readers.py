@@ -119,7 +119,9 @@ class Reader:
         widths = {(len(v), acts[n].shape[1]) for n, v in self.directions.items()}
         if any(mine != theirs for mine, theirs in widths):
             mine, theirs = widths.pop()
-            raise ValueError(f"This reader has width {mine}, and the model returns width {theirs}. Train one with this model.")
+            raise ValueError(
+                f"This reader has width {mine}, and the model returns width {theirs}. Train one with this model."
+            )
         each = [acts[n] @ v - self.offsets[n] for n, v in self.directions.items()]
         return torch.stack(each).mean(0).float()
 
