@@ -263,7 +263,8 @@ def test_gated(family: Any, request: pytest.FixtureRequest) -> None:
     hook.remove()
     states, prompt = kept[0][:, : ids.shape[1]], {"input_ids": ids, "attention_mask": mask}
     direction = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    if states.shape != (*ids.shape, text_config(model).hidden_size):  # several streams for each token
+    width = getattr(text_config(model), "hidden_size", states.shape[-1])  # BLT names one for each of its parts only
+    if states.shape != (*ids.shape, width):  # several streams for each token
         steered = SteeringVector({1: vector(family, family.found["decoder_block"][1])})
         with pytest.raises(ValueError, match="several streams|has width"):
             with steered.apply(model, when=Gate(direction, 0), prompt=prompt):

@@ -1,5 +1,7 @@
 """The same vector in llama.cpp and in transformers: the same change, at the same blocks."""
 
+import ast
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from steering_vectors import SteeringVector, train_steering_vector
 from steering_vectors.demo import joy_pairs, load_demo_model
 from steering_vectors.vectors.gguf import gguf_bytes
 
+MULTIPLIERS = [-3, -1, 0, 1, 3]  # those of the guide
 QUESTION = [{"role": "user", "content": "Tell me about your day."}]
 
 
@@ -55,15 +58,23 @@ def test_in_float32_the_answers_are_the_same(demo, unquantised, tmp_path, multip
     assert a[:12] == b[:12]
 
 
-@pytest.mark.parametrize("layer, multiplier", [(n, m) for n in (15, 18) for m in (-3, -1, 0, 1, 3)])
+def recorded() -> dict[int, list[str]]:
+    "What the page quotes of llama.cpp: for each layer, its answer at each multiplier."
+    page = Path(__file__).parents[1] / "nbs" / "guide" / "llama_cpp.ipynb"
+    cells = ["".join(cell["source"]) for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]]
+    text = next(cell for cell in cells if "recorded = {" in cell)
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    return ast.literal_eval(next(node.value for node in nodes if ast.unparse(node.targets[0]) == "recorded"))
+
+
+@pytest.mark.parametrize("layer, multiplier", [(n, m) for n in (15, 18) for m in MULTIPLIERS])
 def test_the_guide_quotes_the_engine(demo, unquantised, tmp_path, layer, multiplier):
     model, tokenizer, _, _ = demo
     vector = train_steering_vector(model, tokenizer, joy_pairs(tokenizer)[::2], layers=[layer], show_progress=False)
     vector.to_gguf(tmp_path / "joy.gguf")
-    page = (Path(__file__).parents[1] / "nbs" / "guide" / "llama_cpp.ipynb").read_text(encoding="utf-8")
     said = theirs(demo, tmp_path / "joy.gguf", multiplier, unquantised)
-    quoted = next(line for line in page.splitlines() if f"({layer}, {multiplier}): " in line)
-    assert f'({layer}, {multiplier}): \\"{" ".join(said.split()[:6])}' in quoted
+    quoted = recorded()[layer][MULTIPLIERS.index(multiplier)]
+    assert quoted.startswith(" ".join(said.split()[:6]))
 
 
 @pytest.mark.parametrize("multiplier", [0, 3])
