@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 VIEW = "application/vnd.jupyter.widget-view+json"
 
-SOURCE = re.compile(r"\[source\]\(\S+#L\d+\)(\{[^}]*\})?\n\n")  # has line numbers, and is made anew for the site
+SOURCE = re.compile(r"\[source\]\(\S+#L\w+\)(\{[^}]*\})?\n\n")  # has line numbers, and is made anew for the site
 PROGRESS = re.compile(r"\[\d\d:\d\d[<,].*/(s|it)\]")
 
 
@@ -118,6 +118,9 @@ def run(path: Path) -> str:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+    import _kernels
+
+    _kernels.fork()
     raw, skips = json.loads(path.read_text(encoding="utf-8")), left_out(path)
     if skips is None:
         return text(raw)

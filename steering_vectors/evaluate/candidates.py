@@ -48,7 +48,7 @@ methods, and a `Bench` calibrates one candidate after another to the same budget
 contrasts under each.
 
 Nothing is chosen here. A `TuningRow` holds what one candidate does on the items that judge, and,
-apart from that, its mean on the items that choose.
+apart from those, its effects on the items that choose.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/candidates.html
 """
@@ -67,7 +67,12 @@ class TuningRow:
     steering: Steering | None = None  # calibrated: multiplier 1 costs the budget
     kind: str = "candidate"  # or "anchor"
     chosen: bool = False
-    by_choosers: float = 0.0  # mean effect on the half that chooses
+    choosing: tuple[float, ...] = ()  # the effect on each item of the half that chooses
+
+    @property
+    def by_choosers(self) -> float:
+        "The mean effect on the half that chooses."
+        return sum(self.choosing) / max(len(self.choosing), 1)
 
     @property
     def cells(self) -> list[str]:
@@ -177,8 +182,8 @@ class Bench:
         change = self.gap(here.steerings, 1.0) - self.unsteered
         choosers, judges = change[: self.num_choosers], change[self.num_choosers :]
         wrong, layers = float((judges < 0).double().mean()), tuple(here.layers)
-        mean = float(choosers.mean())
-        return TuningRow(layers, method, estimate(judges), wrong, kl, multiplier, steering, kind, by_choosers=mean)
+        chose = tuple(choosers.tolist())
+        return TuningRow(layers, method, estimate(judges), wrong, kl, multiplier, steering, kind, choosing=chose)
 
     def calibrated(self, method: str, vector: SteeringVector, kind: str = "candidate") -> TuningRow:
         "A vector at the budget, as a row."

@@ -6,6 +6,7 @@
 __all__ = ['Tuning', 'tune']
 
 # %% ../../nbs/reference/evaluate/tuning.ipynb #488da5af
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,9 +38,13 @@ if TYPE_CHECKING:
 __doc__ = """Which layer, which method, and how strong, by items that had no part in the choice?
 
 `tune` tries every layer and method at one damage. Each candidate is calibrated to the same budget,
-so none looks better by pushing harder. The contrasts are dealt into two halves: one half chooses
-the candidate with the largest mean effect, and all numbers that are shown come from the other half,
-which had no part in the choice.
+so none looks better by pushing harder. The contrasts are dealt into two halves: one half chooses,
+and all numbers that are shown come from the other half, which had no part in the choice.
+
+The choosing half finds the candidate with the largest mean effect. A few dozen items cannot tell
+neighbours apart, so whatever comes within one standard error of it counts as equally good, and of
+those the candidate nearest to the middle of the model is taken (the one-standard-error rule of
+Breiman, Friedman, Olshen and Stone, *Classification and Regression Trees*, 1984).
 
 In the middle of the model the layers hardly differ, so do not expect `tune` to find a much stronger
 vector than the middle layer has. What it gives is evidence: an effect with its interval on items
@@ -63,7 +68,7 @@ class Tuning(_Tabular):
 
     @property
     def chosen(self) -> TuningRow:
-        "The row that the choosing half found best."
+        "The row that was taken: as good as the best for the choosing half, and nearest to the middle of the model."
         return next(row for row in self.rows if row.chosen)
 
     @property
@@ -170,7 +175,7 @@ def tune(
     damage = DamageScorer(model, replace(answers, what=what or answers.what), batch_size)
     bench = Bench(model, tokenizer, scorer, damage, len(choose), kl, {"tokens": tokens, "layer_config": layer_config})
     candidates = [(name, vector[n]) for n in tried for name, vector in trained.items()] + list((vectors or {}).items())
-    rows = _with_the_best(_measured(bench, candidates, progress))
+    rows = _with_the_choice(_measured(bench, candidates, progress), middle)
     if anchors:
         plain = next(iter(trained.values()))[middle]
         rows.append(bench.calibrated("random direction", random_direction(plain, seed), "anchor"))
@@ -191,7 +196,15 @@ def _measured(bench: Bench, candidates: Sequence[tuple[str, SteeringVector]], pr
     return rows
 
 
-def _with_the_best(rows: list[TuningRow]) -> list[TuningRow]:
-    "The rows, of which the one that chooses best is marked."
+def _is_as_good(row: TuningRow, best: TuningRow) -> bool:
+    "Does `best` lead by no more than one standard error, item by item?"
+    lead = [a - b for a, b in zip(best.choosing, row.choosing, strict=True)]
+    return statistics.mean(lead) <= statistics.stdev(lead) / len(lead) ** 0.5
+
+
+def _with_the_choice(rows: list[TuningRow], middle: int) -> list[TuningRow]:
+    "The rows, of which one is marked: nearest to the middle of the model among those that are as good as the best."
     best = max(rows, key=lambda row: row.by_choosers)
-    return [replace(row, chosen=row is best) for row in rows]
+    good = [row for row in rows if row is best or _is_as_good(row, best)]
+    taken = min(good, key=lambda row: (abs(statistics.mean(row.layers) - middle), -row.by_choosers))
+    return [replace(row, chosen=row is taken) for row in rows]

@@ -26,8 +26,8 @@ from .headers import check_layer_numbers, check_tensors
 # %% ../../nbs/reference/vectors/exports.ipynb #d0c57219
 __doc__ = """What can an engine without this library run, and how does it read a vector?
 
-A steering vector is worth more where it can run. A plugin of vLLM takes steering vectors with each
-request, and EleutherAI's evaluation harness measures a steered model from a file:
+A steering vector is worth more where it can run. `vllm-lens` takes steering vectors with each
+request to a vLLM server, and EleutherAI's evaluation harness measures a steered model from a file:
 `vllm_lens_payload` and `write_lm_eval` write these formats, each exactly as the other side reads
 it. llama.cpp has a room of its own, gguf. The project's tests run what is written here through the
 other side's own code.
