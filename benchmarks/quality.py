@@ -408,11 +408,7 @@ def effects_table(effects: dict[str, list[torch.Tensor]], base: str) -> dict[str
 
 def more_pairs(folder: Path, name: str, first: int) -> list[tuple[str, str, str]]:
     "80 pairs that neither training nor test has, as contrasts."
-    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-    sides = [[r["statement"] for r in rows if r["answer_matching_behavior"].strip() == word] for word in ("Yes", "No")]
-    for side in sides:
-        random.Random(0).shuffle(side)
-    return [(TRAINING_QUESTION, *both) for both in list(zip(*sides, strict=False))[first : first + 80]]
+    return [(TRAINING_QUESTION, *both) for both in all_pairs(folder, name)[first : first + 80]]
 
 
 def written(
@@ -494,7 +490,7 @@ class Judged:
     foretold: list[float] = field(default_factory=list)
 
 
-TEXT_WAYS = ("mean difference", "texts", "closed form of choices", "random direction")
+TEXT_WAYS = ("mean difference", "texts", "texts, three readers", "closed form of choices", "random direction")
 
 
 def with_open(answers: OwnAnswers, pool: Pool) -> OwnAnswers:
@@ -508,12 +504,16 @@ def text_vector(
 ) -> SteeringVector:
     "A vector made in one way from the training pairs of a set, at the common damage."
     training, _ = contrasts_of(folder, SETS[i])
-    if way == "texts":  # calibrated on the same answers
-        return optimize_steering_vector(model, tokenizer, training, layer, objective="texts", pool=pool)
+    samples = [tuple({"prompt": q, "response": text} for text in both) for q, *both in training]
+    if way.startswith("texts"):  # calibrated on the same answers
+        scores = None
+        if way == "texts, three readers":
+            each = [train_reader(model, tokenizer, samples, n, Tokens.generated) for n in (9, 15, 21)]
+            scores = torch.stack([reader.scores(model, tokenizer, pool.pairs) for reader in each]).sum(0)
+        return optimize_steering_vector(model, tokenizer, training, layer, objective="texts", pool=pool, reader=scores)
     if way == "closed form of choices":
         vector = optimize_steering_vector(model, tokenizer, training, layer)
     elif way == "mean difference":
-        samples = [tuple({"prompt": q, "response": text} for text in both) for q, *both in training]
         vector = train_steering_vector(model, tokenizer, samples, layers=[layer], read=Tokens.generated)
     else:
         vector = random_direction(model, i)

@@ -16,7 +16,13 @@ from unittest import mock
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
-IMPORTED = ["torch", "transformers", "transformers.models.llama", "ipykernel.ipkernel", "matplotlib.figure", "ipywidgets"]
+IMPORTED = [
+    "torch",
+    "transformers",
+    "transformers.models.llama",
+    "ipykernel.ipkernel",
+    "ipywidgets",
+]  # matplotlib chooses its backend when it is imported
 
 
 def serve(connection: str, env: dict[str, str], folder: str) -> None:

@@ -22,8 +22,9 @@ from steering_vectors import (
     own_answers,
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.train.curvature import Curvature, _kept, damage_curvature, mixed
+from steering_vectors.train.curvature import Curvature, damage_curvature, mixed
 from steering_vectors.train.gradients import ShiftPlace, check_backward, differentiable, row_gradients, score_gradient
+from steering_vectors.train.keeping import _kept
 from steering_vectors.train.objectives import as_contrasts, choices, contrast_ids
 from steering_vectors.train.optimizing import StepOptions, gradient_at_zero, stepped
 from steering_vectors.train.scores import TextScorer

@@ -19,6 +19,7 @@ from ..numbers import as_count
 from ..steer.steering import Steering
 from .chats import Template, is_messages
 from .continuations import Scored, ScoredPass
+from .keeping import kept_for
 from .prompts import Prompt, prompt_ids
 from .scores import TextScorer
 
@@ -129,6 +130,21 @@ def _check_known(model: Any, rows: Sequence[Sequence[int]]) -> None:
     if known is not None and most >= known:
         raise ValueError(f"{most} is no token of this model, which has 0 to {known - 1}. Is this its tokenizer?")
 
+# %% ../../nbs/reference/train/damage.ipynb #7d1c5e02
+def _answers_by_length(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[list[int]], length: int, seed: int
+) -> list[list[int]]:
+    "An answer to each prompt."
+    by_length: dict[int, list[int]] = {}
+    for n, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(n)
+    said: dict[int, list[int]] = {}
+    with undisturbed(model, seed):
+        for numbers in by_length.values():
+            ids = torch.tensor([rows[n] for n in numbers], device=model.device)
+            said |= dict(zip(numbers, _drawn_answers(model, tokenizer, ids, length), strict=True))
+    return [said[n] for n in range(len(rows))]
+
 # %% ../../nbs/reference/train/damage.ipynb #4d38383f
 def own_answers(
     model: "PreTrainedModel",
@@ -145,15 +161,10 @@ def own_answers(
     (asked, what), start = _listed_prompts(prompts), as_count(seed, "seed", 0)
     rows = [prompt_ids(tokenizer, prompt, chat, None, template)[0].tolist() for prompt in asked]
     _check_known(model, rows)
-    by_length: dict[int, list[int]] = {}
-    for n, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(n)
-    said: dict[int, list[int]] = {}
-    with undisturbed(model, start):
-        for numbers in by_length.values():
-            ids = torch.tensor([rows[n] for n in numbers], device=model.device)
-            said |= dict(zip(numbers, _drawn_answers(model, tokenizer, ids, as_count(length, "length")), strict=True))
-    return OwnAnswers(tuple((row, said[n]) for n, row in enumerate(rows)), what, start)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id, repr(model.generation_config)
+    key = "own answers", str(rows), as_count(length, "length"), start, ends
+    said = kept_for(model, key, lambda: _answers_by_length(model, tokenizer, rows, length, start))
+    return OwnAnswers(tuple((row, list(answer)) for row, answer in zip(rows, said, strict=True)), what, start)
 
 # %% ../../nbs/reference/train/damage.ipynb #036931e7
 def kl_per_token(

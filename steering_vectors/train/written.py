@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..model.layers import resolve_layers
 from ..numbers import CPU
 from .chats import Template
-from .curvature import Curvature, damage_curvature, kept_for, mixed
+from .curvature import Curvature, damage_curvature, mixed
+from .keeping import kept_for
 from .damage import OwnAnswers
 from .gradients import ShiftPlace
 from .objectives import as_contrasts
