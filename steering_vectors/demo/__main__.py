@@ -117,7 +117,7 @@ def main(
     texts = sweep(model, tokenizer, vector, asked.prompt, asked.multipliers, "all", asked.max_new_tokens, **drawn)
     answers = [text.strip() for text in texts.values()]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    about = f"joyful - miserable, {len(pairs)} pairs: length of the vector and median length of the activations"
+    about = f"joyful - miserable, {len(pairs)} pairs: norm of the vector and median norm of the activations"
     print(f"\n{model.config._name_or_path}\n{about}\n")
     print(_norm_table(trained, columns=3 if width >= 92 else 2), end="\n\n")
     where = ", ".join(map(str, layers))
