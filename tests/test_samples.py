@@ -369,7 +369,7 @@ def persona(mood: str, said: str = "I went out.", template: Any = None) -> Any:
     return chat if template is None else template(chat, tokenize=False, continue_final_message=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*made by length")
+@pytest.mark.filterwarnings("ignore:.*depends on the lengths")
 @pytest.mark.parametrize("said", [("I went out.", "I went out."), ("Great!", "Awful.")])
 @pytest.mark.parametrize("read", [Tokens.generated, Tokens.prompt, Tokens.response, Tokens.prompt[-2:]])
 def test_strings_whose_prompts_differ_are_not_read_as_responses(said: tuple[str, str], read: Tokens) -> None:
@@ -421,7 +421,7 @@ def test_an_average_with_the_first_token_over_unequal_lengths_is_told(read: Toke
         encode_samples(tokenizer, uneven[:1], read=read)
         encode_samples(tokenizer, uneven, read=Tokens.all[1:])
         encode_samples(tokenizer, uneven)
-    with pytest.warns(UserWarning, match="made by length"):
+    with pytest.warns(UserWarning, match="depends on the lengths"):
         encode_texts(tokenizer, ["ab", "abc"], read=Tokens.all)
 
 
@@ -430,7 +430,7 @@ def test_a_string_beside_a_marked_prompt_begins_with_it_or_is_refused() -> None:
     for marked in ([*ASK, SAD], {"prompt": "Hi?", "response": "No!"}, {"prompt": [1, 45, 78, 15], "response": [70]}):
         for pair in (("Hi? Yes", marked), (marked, "Yes")):
             with pytest.raises(
-                ValueError, match="does not begin with the prompt that is marked in the other of its pair"
+                ValueError, match="does not begin with the prompt that is marked in the other text of its pair"
             ):
                 encode_samples(tokenizer, [pair], read=Tokens.generated)
             encode_samples(tokenizer, [pair])

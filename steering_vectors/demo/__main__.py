@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/demo/command.ipynb #d0c57219
 __doc__ = """What does `python -m steering_vectors.demo` do?
 
-The main job of the library, once, from the command line: train a vector on sixty pairs of texts,
-print how long it is at every layer, and answer one question at several multipliers.
+The command does the main job of the library once: it trains a vector on sixty pairs of texts,
+prints its norm at every layer, and answers one question at several multipliers.
 
-It shows the two things to look at in every vector. The first is its norm beside that of the
-activations, since a multiplier has no unit until the two are compared. The second is what it does,
-in text.
+Look at these two things for every vector. The first is its norm beside that of the activations,
+since a multiplier means nothing without this comparison. The second is its effect on generated
+text.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/demo/command.html
 """
@@ -44,7 +44,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/demo/command.html
 # %% ../../nbs/reference/demo/command.ipynb #c70d5e32
 def _norm_table(
     vector: SteeringVector,  # trained: its provenance has the activations' norms
-    columns: int = 3,  # how many layers stand beside each other
+    columns: int = 3,  # how many layers side by side
 ) -> str:
     "The vector's norm by layer beside the median norm of the activations it was trained on."
     norms = vector.provenance.activation_norms or {}
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--multipliers", type=float, nargs="+", default=[-3, -2, -1, 0, 1, 2, 3], help="default: -3 to 3")
     add("--calibrate", action="store_true", help="measure what the vector costs, and take gentle, normal and strong")
     add("--max-new-tokens", type=int, default=40, help="how long an answer may be (default: %(default)s)")
-    add("--seed", type=int, help="draw the answers with this seed (default: always the likeliest token)")
+    add("--seed", type=int, help="sample the answers with this seed (default: always the likeliest token)")
     add("--model", help="a model's name on the Hub, or its folder (default: a small one, fetched the first time)")
     return parser
 
@@ -102,7 +102,7 @@ def _load(
 def main(
     arguments: Sequence[str] | None = None,  # the command line's, by default
 ) -> None:
-    "Train a vector, print how long it is, and the same question answered at several multipliers."
+    "Train a vector; print its norms, and the answers to one question at several multipliers."
     asked = _parser().parse_args(arguments)
     model, tokenizer = _load(asked.model)
     found = resolve_layers(model, "decoder_block")
@@ -117,7 +117,7 @@ def main(
     texts = sweep(model, tokenizer, vector, asked.prompt, asked.multipliers, "all", asked.max_new_tokens, **drawn)
     answers = [text.strip() for text in texts.values()]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    about = f"joyful - miserable, {len(pairs)} pairs: length of the vector and median length of the activations"
+    about = f"joyful - miserable, {len(pairs)} pairs: norm of the vector and median norm of the activations"
     print(f"\n{model.config._name_or_path}\n{about}\n")
     print(_norm_table(trained, columns=3 if width >= 92 else 2), end="\n\n")
     where = ", ".join(map(str, layers))

@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 __doc__ = """Which small sets of texts show what steering does?
 
 A steering vector is the difference between two sets of activations, so the texts decide what it
-means. `CONCEPTS` has seven, of different kinds: joy (a mood), formality (a register), a knight (a
-persona), French (a language), brevity, agreement and refusal. Each `Concept` has pairs of chats to
-train on, and contrasts that were never trained on to judge by. `Concept.train` makes its vector.
+means. `CONCEPTS` has seven concepts of different kinds: joy (a mood), formality (a register), a
+knight (a persona), French (a language), brevity, agreement and refusal. Each `Concept` has pairs of
+chats to train on, and contrasts for evaluation that are not used in training. `Concept.train` makes
+its vector.
 
-Good pairs differ in the wanted thing and in nothing else. For joy the user asks for a mood, and
-both answers begin with the same words. Six pairs of adjectives keep the vector from being about one
-word, ten beginnings keep it from being about one subject. `joy_chats` has these sixty pairs as chat
-messages, which training puts through the model's own template; `joy_pairs` has them as texts that
-went through it already.
+Good pairs differ only in the concept. For joy the user asks for a mood, and both answers begin with
+the same words. With six pairs of adjectives the vector is not about one word, and with ten
+beginnings it is not about one subject. `joy_chats` returns these sixty pairs as chat messages,
+which training puts into the model's chat template; `joy_pairs` returns them as texts that are in
+the template already.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/demo/concepts.html
 """
@@ -80,7 +81,7 @@ def joy_chats() -> list[tuple[Chat, Chat]]:  # 60 pairs, (joyful, miserable)
 
 # %% ../../nbs/reference/demo/concepts.ipynb #0c854bb3
 def _as_lines(chat: Chat) -> str:
-    "The messages of a chat, a line each."
+    "The messages of a chat, one per line."
     return "\n".join(message["content"] for message in chat)
 
 # %% ../../nbs/reference/demo/concepts.ipynb #0e8af4d7
@@ -88,7 +89,7 @@ def _templated(
     tokenizer: "PreTrainedTokenizerBase",  # with a chat template, or without
     chat: Chat,  # whose last message is unfinished
 ) -> str:
-    if not tokenizer.chat_template:  # a base model: there is nothing to put around the words
+    if not tokenizer.chat_template:  # a base model: no template
         return _as_lines(chat)
     text = str(tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True))
     first = str(tokenizer.bos_token or "")
@@ -99,22 +100,22 @@ def _templated(
 def joy_pairs(
     tokenizer: "PreTrainedTokenizerBase",  # its chat template is applied, once
 ) -> list[tuple[str, str]]:  # 60 pairs of texts, (joyful, miserable)
-    "The pairs of `joy_chats` as texts, ready to be tokenized as any text is."
+    "The pairs of `joy_chats` as texts, to be tokenized like any text."
     return [(_templated(tokenizer, good), _templated(tokenizer, bad)) for good, bad in joy_chats()]
 
 # %% ../../nbs/reference/demo/concepts.ipynb #2b9fd64b
 @dataclass(frozen=True)
 class Concept:
-    "A small set of texts about one concept, to train a vector on and to judge it by."
+    "A small set of texts about one concept, to train a vector and to evaluate it."
 
     name: str  # one word
-    positive: str  # what a positive multiplier leads to
-    negative: str  # what a negative one leads to
-    prompt: str  # what to ask to see it; not trained on
+    positive: str  # the effect of a positive multiplier
+    negative: str  # the effect of a negative one
+    prompt: str  # a question that shows it; not trained on
     samples: tuple[tuple[Chat, Chat], ...]  # (positive, negative), to train on
     contrasts: tuple[tuple[str, str, str], ...]  # (request, positive answer, negative answer), not trained on
     read: Tokens | None = None  # the tokens whose mean is read; None: the last one
-    words: tuple[str, ...] = ()  # some that a positive text is likely to contain
+    words: tuple[str, ...] = ()  # words that a positive text is likely to contain
 
     def train(
         self,
@@ -133,12 +134,12 @@ class Concept:
         return vector
 
     def found_in(self, text: str) -> list[str]:
-        "Those of its words that stand in a text, whole."
+        "Those of its words that a text contains, as whole words."
         return [word for word in self.words if re.search(rf"\b{re.escape(word)}\b", text.lower())]
 
 # %% ../../nbs/reference/demo/concepts.ipynb #0b52b317
 def _judged_by(requests: Sequence[str], answers: Sequence[tuple[str, str]]) -> tuple[tuple[str, str, str], ...]:
-    "Contrasts: each held-out request with its two answers, which stand at the end."
+    "Contrasts: each held-out request with its two answers, the last ones of `answers`."
     held_out = answers[-len(requests) :]
     return tuple((request, good, bad) for request, (good, bad) in zip(requests, held_out, strict=True))
 
@@ -148,7 +149,7 @@ def _of_answers(
     positive: str,
     negative: str,
     prompt: str,
-    answers: Sequence[tuple[str, str]],  # to the requests, and after those to the held-out ones
+    answers: Sequence[tuple[str, str]],  # to the requests, then to the held-out ones
     words: str = "",
     requests: Sequence[str] = REQUESTS,
     held_out: Sequence[str] = HELD_OUT_REQUESTS,

@@ -22,13 +22,13 @@ from ..vectors.files import load_file
 # %% ../../nbs/reference/serve/engines.ipynb #d0c57219
 __doc__ = """Can this engine be steered, and with which vectors?
 
-vLLM has no public way to add to hidden states, so the plugin uses names that vLLM keeps for itself.
-`PRIVATE` lists all of them in one table, with the parameters that are relied on. What can be
-checked is checked when the engine starts: a name that is missing, a parameter that has moved, a way
-of running in which rows and tokens do not match as expected.
+vLLM has no public way to add to hidden states, so the plugin uses private names of vLLM. `PRIVATE`
+lists all of them in one table, with the parameters that are needed. The checks run when the engine
+starts: for missing names, missing parameters, and settings of the engine in which the rows of a
+pass do not match tokens as expected.
 
-An engine that cannot be steered refuses to start when vectors are named for it. To start and serve
-unsteered text would be worse: nobody would notice.
+If an engine cannot be steered and vectors are named for it, starting it is an error. Serving
+unsteered text would be worse, because nobody would notice.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/serve/engines.html
 """
@@ -67,7 +67,7 @@ def missing_name(
     name: str,  # module:path.to.function
     parameters: tuple[str, ...],  # that it must have
 ) -> str | None:  # None: it is as expected
-    "What is wrong with a private name of vLLM."
+    "The problem with a private name of vLLM, if any."
     module, _, path = name.partition(":")
     try:
         found: Any = import_module(module)
@@ -81,7 +81,7 @@ def missing_name(
 
 # %% ../../nbs/reference/serve/engines.ipynb #745d4abe
 class CannotSteer(RuntimeError):
-    "An engine was started with vectors and cannot be steered."
+    "The engine was started with vectors but cannot be steered."
 
 # %% ../../nbs/reference/serve/engines.ipynb #c046bb77
 LOGGER = logging.getLogger("vllm.plugins.steering_vectors")
@@ -90,7 +90,7 @@ LOGGER = logging.getLogger("vllm.plugins.steering_vectors")
 def check_version(
     version: str,  # of vLLM
 ) -> None:
-    "Refuse a vLLM that lacks a name; say that a version has not been tested."
+    "Refuse a vLLM that lacks a name; warn for a version that was not tested."
     tested = f"Tested: vLLM {', '.join(TESTED)}."
     if problem := next((p for name, needs in PRIVATE.items() if (p := missing_name(name, needs))), None):
         raise CannotSteer(f"steering_vectors cannot steer vLLM {version}: {problem}. {tested}")
@@ -99,8 +99,8 @@ def check_version(
 
 # %% ../../nbs/reference/serve/engines.ipynb #67be09d3
 FIT: dict[str, tuple[Any, str]] = {
-    "speculative_config": (None, "speculative decoding, where places of tokens are guesses"),
-    "kv_transfer_config": (None, "a KV connector, which would hand steered keys and values to unsteered requests"),
+    "speculative_config": (None, "speculative decoding, where positions of tokens are guesses"),
+    "kv_transfer_config": (None, "a KV connector, which would pass steered keys and values to unsteered requests"),
     "parallel_config.use_ubatching": (False, "microbatches, which take the rows of a pass apart"),
     "parallel_config.pipeline_parallel_size": (1, "pipeline parallelism, which has not been tried"),
     "parallel_config.prefill_context_parallel_size": (1, "context parallelism, which has not been tried"),
@@ -113,7 +113,7 @@ FIT: dict[str, tuple[Any, str]] = {
 def check_engine(
     config: Any,  # vLLM's `VllmConfig`
 ) -> None:
-    "Refuse an engine whose rows cannot be told."
+    "Refuse an engine whose rows cannot be matched to tokens."
     for path, (fit, why) in FIT.items():
         value = config
         for part in path.split("."):
@@ -130,7 +130,7 @@ VECTORS = "steering_vectors"  # the key of `additional_config`
 # %% ../../nbs/reference/serve/engines.ipynb #fc5806a2
 def named_vectors(
     config: Any,  # vLLM's `VllmConfig`
-) -> dict[str, Any]:  # what stands under each name; empty: the engine is not steered
+) -> dict[str, Any]:  # name -> file or description; empty: the engine is not steered
     "The vectors that an engine was started with."
     said = getattr(config, "additional_config", None)
     named = said.get(VECTORS) if isinstance(said, Mapping) else None
@@ -144,7 +144,7 @@ def named_vectors(
 def described(
     file: Any,  # a path, or a description
 ) -> dict[str, Any]:  # JSON values
-    "A vector's file: where it is, its checksum, and what it holds."
+    "A vector's file: its path, its checksum, and what it holds."
     if isinstance(file, Mapping):
         return dict(file)
     if not isinstance(file, str):
@@ -158,7 +158,7 @@ def described(
 # %% ../../nbs/reference/serve/engines.ipynb #ef7f870c
 def fitted(
     config: Any,  # vLLM's `VllmConfig`
-) -> dict[str, Any]:  # a description under each name
+) -> dict[str, Any]:  # name -> description
     "The vectors of an engine, each checked against its model."
     found = {name: described(file) for name, file in named_vectors(config).items()}
     model, ranks = config.model_config, config.parallel_config.tensor_parallel_size
@@ -172,7 +172,7 @@ def fitted(
             )
         if v["layer_type"] not in PARTS_OF_BLOCKS or (ranks > 1 and v["layer_type"] != "decoder_block"):
             raise CannotSteer(
-                f"The vector {name!r} belongs to `{v['layer_type']}`. Steered here are {', '.join(PARTS_OF_BLOCKS)}, and on "
+                f"The vector {name!r} belongs to `{v['layer_type']}`. An engine can steer {', '.join(PARTS_OF_BLOCKS)}, and on "
                 "several tensor-parallel ranks decoder_block alone."
             )
     return found

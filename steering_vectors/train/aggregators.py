@@ -16,21 +16,21 @@ from torch import Tensor
 # %% ../../nbs/reference/train/aggregators.ipynb #d0c57219
 __doc__ = """How do many activations become one direction?
 
-At one layer, the positive texts have left `n` activations and the negative texts `m`: two matrices
-of shape `(n, d)` and `(m, d)`. An aggregator is any function of these two that returns one vector
-of shape `(d,)`. That is the whole contract, so your own is three lines of PyTorch. Three come with
-the library: `mean_aggregator`, `pca_aggregator` and `logistic_aggregator`; `aggregate_activations`
-applies one to every layer.
+At one layer there are `n` activations of positive texts and `m` of negative texts: two matrices of
+shape `(n, d)` and `(m, d)`. An aggregator is any function of these two that returns one vector of
+shape `(d,)`, so your own can be three lines of PyTorch. Three come with the library:
+`mean_aggregator`, `pca_aggregator` and `logistic_aggregator`. `aggregate_activations` applies one
+to every layer.
 
 Where texts come in pairs, `n = m` and row `i` of both matrices belongs to pair `i`. Two sets
-without pairs are usually of unequal length; then there is nothing to subtract row by row, and each
-method does something else instead.
+without pairs usually differ in size, so rows cannot be subtracted from each other; below, each
+method says what it does instead.
 
 All three compute in float32 at least, whatever the model's precision, and return the activations'
 own dtype. In bfloat16 a sum of a few hundred numbers loses its small terms.
 
-Two toy sets in two dimensions serve for the whole page. They differ by `(2, 0)`, and each point is
-blurred a little.
+The whole page uses two toy sets in two dimensions. They differ by `(2, 0)`, with a little noise on
+each point.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/aggregators.html
 """
@@ -46,16 +46,16 @@ class AccumulatingAggregator(Protocol):
     needs_pairs: bool  # must `add` get whole pairs, row by row?
 
     def __call__(self, pos_acts: Tensor, neg_acts: Tensor) -> Tensor:
-        "The direction, (d,), of activations that are all there, (n, d) each."
+        "The direction, (d,), of all activations at once, (n, d) and (m, d)."
 
     def start(self) -> Any:
         "The state before any activation; it may be of any kind that can be pickled."
 
     def add(self, state: Any, pos_acts: Tensor, neg_acts: Tensor) -> Any:
-        "`state` and a few activations more, (n, d) and (m, d): n = m if `needs_pairs`, else either may be 0."
+        "`state` with a few more activations, (n, d) and (m, d): n = m if `needs_pairs`, else either may be 0."
 
     def merge(self, state: Any, other: Any) -> Any:
-        "The state of the activations of both: of one process, and of another."
+        "One state for the activations of both, which come from two processes."
 
     def finish(self, state: Any) -> Tensor:
         "The direction, (d,), in the dtype of the activations."
@@ -102,7 +102,7 @@ def _at_least_float32(acts: Tensor) -> torch.dtype:
 
 # %% ../../nbs/reference/train/aggregators.ipynb #0eb8ed1f
 def mean_aggregator() -> Aggregator:
-    """The default: the mean of the positive activations less the mean of the negative ones.
+    """The mean of the positive activations minus the mean of the negative ones; the default.
 
     Contrastive Activation Addition (Rimsky et al. 2023, arXiv:2312.06681). Calling it raises ValueError where one
     side has no activations."""
@@ -167,7 +167,7 @@ def _sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 # %% ../../nbs/reference/train/aggregators.ipynb #7a0c890f
 def _folded(state: _Moments) -> _Moments:
-    "The state with its deltas summed, once there are more of them than they are wide."
+    "The state, with its deltas summed once there are more than d of them."
     n = sum(map(len, state.deltas))
     if not state.deltas or (state.moment is None and n <= state.deltas[0].shape[1]):
         return state
@@ -187,12 +187,12 @@ def _first_direction(state: _Moments) -> Tensor:
 
 # %% ../../nbs/reference/train/aggregators.ipynb #65111e2c
 def _compute_device(state: _Moments) -> torch.device:
-    "Where matrices of `state` are multiplied and solved."
+    "The device on which matrices of `state` are multiplied and solved."
     return state.device if state.device is not None and state.device.type == "cuda" else torch.device("cpu")
 
 # %% ../../nbs/reference/train/aggregators.ipynb #5d0c7b04
 def pca_aggregator(
-    paired: bool = True,  # False: two sets without pairs, of any two lengths
+    paired: bool = True,  # False: two sets without pairs, of any two sizes
 ) -> Aggregator:
     """The first principal component of the pairs' differences, norm 1, pointing from negative to positive.
 
@@ -220,7 +220,7 @@ class _PCAOfSets:
 # %% ../../nbs/reference/train/aggregators.ipynb #4e1175cc
 def logistic_aggregator(
     sklearn_kwargs: dict[str, Any] | None = None,  # options of scikit-learn's `LogisticRegression`
-    paired: bool = True,  # False: two sets without pairs, though they may be of one length
+    paired: bool = True,  # False: two sets without pairs, even if they have the same size
 ) -> Aggregator:
     """The normal of the plane that separates positive from negative activations, norm 1.
 
@@ -249,7 +249,7 @@ class _Logistic:
 
 # %% ../../nbs/reference/train/aggregators.ipynb #5d0c7b07
 def unpaired(
-    aggregator: Aggregator,  # as somebody passed it
+    aggregator: Aggregator,  # as it was passed
 ) -> Aggregator:  # the same, for sets
     """The aggregator for two sets without pairs.
 
@@ -302,9 +302,9 @@ def _applied(aggregator: Aggregator, pos: Tensor, neg: Tensor) -> Tensor:
 
 # %% ../../nbs/reference/train/aggregators.ipynb #f5a74119
 def check_aggregator(
-    aggregator: Aggregator,  # what somebody passed as one
+    aggregator: Aggregator,  # what was passed as one
 ) -> None:
-    """Refuse what is no aggregator, before anything is computed for it.
+    """Refuse what is no aggregator, before anything is computed.
 
     Raises TypeError."""
     makers: tuple[Any, ...] = (mean_aggregator, pca_aggregator, logistic_aggregator)

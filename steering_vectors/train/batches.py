@@ -29,18 +29,18 @@ from .reading import EncodedText
 # %% ../../nbs/reference/train/batches.ipynb #d0c57219
 __doc__ = """One forward pass: what goes in, which activations are kept, and where does it end?
 
-Reading activations is a matter of single forward passes, and this room is about one of them. The
-plainest pass gives the model one text, records whole layers and runs to the end, through the head
-that scores the vocabulary. Three savings are made here. The wanted tokens are taken inside the
-hook, and nothing else is kept. The pass ends when every wanted module has run. And texts that share
-a beginning run as one packed row, or continue from the beginning's cache.
+Activations are read in forward passes, and this page is about one such pass. A plain pass gives the
+model one text, records whole layers and runs to the end, through the head that computes the logits.
+Three things save work here. Only the wanted tokens are kept, inside the hook. The pass ends when
+every wanted module has run. And texts that share a beginning run as one packed row, or continue
+from the beginning's cache.
 
 `padded_batch`, `packed_batch` and `continued_batch` make a `Batch`; `PassReader.run` runs it and
-returns one activation per text and layer. Which kind of batch a model can be trusted with is found
-out by strategies.
+returns one activation per text and layer. strategies finds out which kind of batch is right for a
+model.
 
-A tiny model with random weights serves the page, since what is shown is mechanism and needs no
-meaning. The three texts share a beginning, and the last token of each is wanted.
+This page uses a tiny model with random weights, since it shows only the mechanism. The three texts
+share a beginning, and the last token of each is wanted.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/batches.html
 """
@@ -54,8 +54,8 @@ class Batch(NamedTuple):
     cols: Tensor  # column of each wanted token, (k,)
     numbers: list[int]  # texts read
     counts: list[int]  # wanted tokens of each of these texts
-    attention: "TreeAttention | None" = None  # how a packed row attends, where that can be made cheaper
-    beside: "Batch | None" = None  # the same inputs with more wanted tokens, which are kept apart
+    attention: "TreeAttention | None" = None  # cheaper attention for a packed row, where there is one
+    beside: "Batch | None" = None  # more wanted tokens of the same inputs, returned apart
 
 # %% ../../nbs/reference/train/batches.ipynb #8e59b283
 def _batch(inputs: dict[str, Any], wanted: list[tuple[int, int, list[int]]], attention: Any = None) -> Batch:
@@ -81,7 +81,7 @@ def padded_batch(
 
 # %% ../../nbs/reference/train/batches.ipynb #64c09597
 def inner_model(
-    model: nn.Module,  # maybe wrapped
+    model: nn.Module,  # may be wrapped
 ) -> nn.Module:
     "The model without its head and wrappers, where that computes the same activations."
     if prompt_adapter(model) is not None:
@@ -110,7 +110,7 @@ class _EveryLayerRead(Exception):
 
 # %% ../../nbs/reference/train/batches.ipynb #4178971a
 def _end_of(shortcut: Shortcut, x: Tensor) -> Tensor:  # (k, d)
-    "What the rest of a block makes of some tokens, (k, d)."
+    "The output of the rest of a block at some tokens, (k, d)."
     num_unused = -len(x) % 16  # few different shapes
     return shortcut.rest(pad(x[None], (0, 0, 0, num_unused)))[0, : len(x)]
 
@@ -127,8 +127,8 @@ class PassReader:
     ):
         self.model, self.modules, self.fast, self.shortcut = model, modules, fast, shortcut
         self.columns_in_front = columns_in_front(model)  # before those of the ids
-        self._batch: Batch | None = None  # that is being run
-        self._thread: int | None = None  # whose passes are read; other threads may use the model meanwhile
+        self._batch: Batch | None = None  # the one being run
+        self._thread: int | None = None  # only its passes are read; other threads may use the model meanwhile
         self._found: dict[int, Tensor] = {}
         self.beside: dict[int, Tensor] = {}  # layer -> what `Batch.beside` wants, (k, d)
 
@@ -172,7 +172,7 @@ class PassReader:
     def _read(self, layer: int, h: Tensor) -> None:
         batch = self._current_batch()
         if batch is None or layer in self._found:
-            return  # where a block runs several times in a pass, its first time counts
+            return  # if a block runs several times in a pass, its first run counts
         self._found[layer] = self._wanted(batch, h)
         if batch.beside is not None:
             self.beside[layer] = self._wanted(batch.beside, h)
@@ -207,11 +207,11 @@ def packed_batch(
     row: Row,
     texts: Mapping[int, EncodedText],  # by the numbers that the row uses
     kinds: Mapping[str, AttentionReach],  # which masks to make
-    by_kind: bool = False,  # give them to the model as a dictionary?
+    by_kind: bool = False,  # pass them to the model as a dictionary?
     dtype: torch.dtype = torch.float32,  # of the activations
     device: torch.device | str = "cpu",
 ) -> Batch:
-    "One row of a prefix tree, with each token at its depth and seeing its ancestors."
+    "One row of a prefix tree: each token has its depth as position and attends to its ancestors."
     num_unused = -len(row) % 16 if len(row) > 256 else 0
     ids = torch.tensor(row.ids + row.ids[-1:] * num_unused, device=device)
     depth = torch.tensor(row.depth + [0] * num_unused, device=device)
@@ -225,7 +225,7 @@ def packed_batch(
 
 # %% ../../nbs/reference/train/batches.ipynb #10bb9053
 def continued_batch(
-    model: nn.Module,  # what will run the pass
+    model: nn.Module,  # the module that will run the pass
     texts: Mapping[int, EncodedText],  # by number; all begin alike
     shared: int,  # tokens of the common beginning, none of them wanted
     device: torch.device | str = "cpu",
@@ -241,7 +241,7 @@ def continued_batch(
     name, cache = _cache_after(model, beginning)
     cache.reorder_cache(torch.zeros(len(texts), dtype=torch.long, device=device))
     mask = batch.inputs["attention_mask"]
-    if cache_length(cache) is not None:  # a pure state-space model has no columns before
+    if cache_length(cache) is not None:  # a pure state-space model has no earlier columns
         mask = torch.cat([torch.ones_like(beginning).expand(len(texts), -1), mask], 1)
     changed = {"attention_mask": mask, "position_ids": batch.inputs["position_ids"] + shared}
     inputs = batch.inputs | changed | {cache_parameter(model, name): cache, "use_cache": True}
@@ -261,7 +261,7 @@ def _cache_after(model: nn.Module, beginning: Tensor) -> tuple[str, Any]:
 
 # %% ../../nbs/reference/train/batches.ipynb #43d77ae7
 def _kept_cache(model: nn.Module, output: Any) -> tuple[str, Any]:
-    "The cache that a pass has left, and its name; it must be one whose rows can be repeated."
+    "The cache in a pass's output, and its name; its rows must be repeatable."
     name, cache = find_cache(returned(output)) or ("", None)
     if not hasattr(cache, "reorder_cache"):
         what = (

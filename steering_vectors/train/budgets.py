@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 __doc__ = """Which multiplier costs a given damage?
 
 A budget is a damage in nats per token that a vector may cost: 0.03 is gentle, 0.1 is normal, 0.3 is
-strong. `calibrate` scales a finished vector to its budget, and a learned vector is held to one
-while it learns. Both look for a multiplier in the same way, which stands here.
+strong. `calibrate` scales a finished vector to its budget, and a vector learned by gradient is
+scaled to one too. This page has the search that both use.
 
-Damage goes with the square of the multiplier, so one measurement nearly tells the answer and a
-second one confirms it. `BudgetSearch` looks, `met_budget` looks on both sides of zero and notes
-what it found, and `calibrated` is the vector in its new unit.
+Damage grows with the square of the multiplier, so one measurement nearly gives the answer and a
+second one confirms it. `BudgetSearch` searches, `met_budget` searches on both sides of zero and
+notes the result, and `calibrated` is the vector in its new unit.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/budgets.html
 """
 
 # %% ../../nbs/reference/train/budgets.ipynb #5a2e6699
 def as_budget(
-    kl: Any,  # as it was given
+    kl: Any,  # as it was passed
 ) -> float:
-    "A damage to aim at. Raises TypeError or ValueError for what is none."
+    "The budget as a number. Raises TypeError or ValueError for anything else."
     budget = as_number(kl, "kl is a number of nats per token, 0.1 for a normal strength")
     if not 0 < budget < math.inf:
         raise ValueError(f"kl is a damage in nats per token above 0, such as 0.03, 0.1 or 0.3; it is {budget:g}.")
@@ -49,7 +49,7 @@ def as_budget(
 # %% ../../nbs/reference/train/budgets.ipynb #9c8dfe7e
 @dataclass
 class BudgetSearch:
-    "Looks for the multiplier at which a damage meets a budget."
+    "Searches for the multiplier at which a damage meets a budget."
 
     damage: Callable[[float], float]  # of a multiplier
     budget: float
@@ -72,7 +72,7 @@ class BudgetSearch:
         raise ValueError(self._unmet(seen))
 
     def _next(self, seen: list[tuple[float, float]]) -> float:
-        "The next multiplier to try: on the line between the two sides of the budget, or on from the last."
+        "The next multiplier to try: between the measurements on both sides of the budget, or beyond the last."
         below = max((pair for pair in seen if pair[1] < self.budget), default=None)
         above = min((pair for pair in seen if pair[1] >= self.budget), default=None)
         m, kl = seen[-1]
@@ -87,7 +87,7 @@ class BudgetSearch:
         return min(m * math.pow(self.budget / kl, 1 / _log_slope(line)), self.most)
 
     def _unmet(self, seen: list[tuple[float, float]]) -> str:
-        "What to say where no multiplier was found."
+        "The error message where no multiplier was found."
         m, kl = min(seen, key=lambda pair: abs(pair[1] - self.budget))
         if all(kl < self.budget for _, kl in seen):
             return (
@@ -126,8 +126,8 @@ def met_budget(
     budget: float,  # nats per token
     most: float,  # the largest multiplier to try
     guess: float,  # the first one
-    sign: float = 1.0,  # 1, or -1 where `how` is meant the other way round
-) -> tuple[float, dict[str, Any]]:  # the multiplier, and what is noted of it
+    sign: float = 1.0,  # 1, or -1 where `how` is meant with the opposite sign
+) -> tuple[float, dict[str, Any]]:  # the multiplier, and what is noted about it
     "The multiplier that costs `budget`, on both sides of zero. Raises ValueError where there is none."
 
     def damage(m: float) -> float:

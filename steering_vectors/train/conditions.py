@@ -28,26 +28,26 @@ from .continuations import Scored, steered_masks
 # %% ../../nbs/reference/train/conditions.ipynb #d0c57219
 __doc__ = """Which tokens of given texts are steered, and how much, where a gate or a schedule decides?
 
-A steering may have a gate, which decides from each prompt whether it is steered, and a schedule,
-which changes the strength from token to token. A measure lays many texts out in one row of a prefix
-tree, and in there neither can be worked out: a row has no one prompt.
+A steering may have a gate, which decides for each prompt whether it is steered, and a schedule,
+which changes the strength from token to token. A measure puts many texts into one row of a prefix
+tree. Neither a gate nor a schedule works there, because such a row has more than one prompt.
 
-But the texts are known beforehand. So the conditions are resolved before anything is laid out. A
-gate reads each prompt once, by itself and unsteered, and closes the texts that it does not open
-for. A schedule becomes a few steerings of fixed strength, one for each factor, each at the tokens
-that have it. What is left are plain steerings and tokens, `PlainPart`s, and every measure can carry
-them out.
+But the texts are known beforehand, so the conditions are resolved before rows are made. A gate
+reads each prompt once, alone and unsteered; texts for which it does not open are not steered. A
+schedule becomes a few steerings of fixed strength, one for each factor, each at the tokens with
+that factor. The result is a list of plain steerings with their tokens (`PlainPart`), which every
+measure can use.
 
-That is exact: a gate stands below the first steered layer, so it reads the same numbers in any
-pass. Where several steerings act together, one may change what the gate of another reads, and this
-is refused.
+This is exact: a gate reads a layer below the first steered one, so it reads the same activations in
+any pass. Where several steerings act together, one may change what the gate of another reads; that
+is an error.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/conditions.html
 """
 
 # %% ../../nbs/reference/train/conditions.ipynb #73906a70
 class _Decided(Exception):
-    "Ends a pass when its gates have decided."
+    "Ends a pass after its gates have decided."
 
 # %% ../../nbs/reference/train/conditions.ipynb #80fd6eba
 def _open_tokens(model: nn.Module, probe: Steering, ids: list[int], end: int) -> Tensor:  # (s,) bool, on the CPU
@@ -71,7 +71,7 @@ def opened_texts(
     steering: Steering,  # with a gate
     pairs: Sequence[Scored],  # ids of a prompt, and of what follows it
 ) -> list[Tensor]:  # (s,) bool each, on the CPU
-    "For each text, which tokens the gates of a steering open; those before the response do not matter for a gate that decides by the prompt."
+    "For each text, which tokens the gates of a steering open; for a gate that decides by the prompt, only those of the response matter."
     when = steering.when
     probe = replace(steering, operator=addition_operator(), multiplier=1.0, tokens=None, schedule=None)
     by_prompt = when is not None and not any(gate.every_token for gate in when.gates)
@@ -96,7 +96,7 @@ class PlainPart(NamedTuple):
 def unconditional(
     steering: Steering,
 ) -> Steering:
-    "The same steering at the same tokens, whatever a gate or a schedule would make of it."
+    "The same steering at the same tokens, without its gate and schedule."
     return replace(steering, tokens=steering.selection, when=None, schedule=None)
 
 # %% ../../nbs/reference/train/conditions.ipynb #a9a0a38d
@@ -107,7 +107,7 @@ def _factors(schedule: Schedule, prompt: list[int], more: list[int]) -> Tensor: 
 
 # %% ../../nbs/reference/train/conditions.ipynb #46ccd9c7
 def _by_factor(plain: Steering, schedule: Schedule, masks: list[Tensor], pairs: Sequence[Scored]) -> list[PlainPart]:
-    "A part for each factor of a schedule but 0."
+    "One part for each factor of a schedule that is not 0."
     factors = [_factors(schedule, *pair) for pair in pairs]
     chosen = [own[mask] for own, mask in zip(factors, masks, strict=True)]
     parts = []
@@ -124,7 +124,7 @@ def _parts_of(
     "The parts of one steering."
     plain, masks = unconditional(steering), steered_masks(steering.selection, pairs)
     if steering.when is not None:
-        steering.apply(model)  # refuses a gate that does not fit the layers steered now
+        steering.apply(model)  # raises an error for a gate that does not fit the steered layers
         if steering.when not in known:
             known[steering.when] = opened_texts(model, steering, pairs)
         opened = known[steering.when]
@@ -141,7 +141,7 @@ def _lowest(model: nn.Module, steering: Steering) -> int:
 
 # %% ../../nbs/reference/train/conditions.ipynb #b8eedab6
 def _check_gates_read_unsteered(model: nn.Module, steerings: Sequence[Steering]) -> None:
-    "Refuse gates that would read what another steering changes."
+    "Refuse gates that would read activations that another steering changes."
     if len(steerings) < 2 or all(how.when is None for how in steerings):
         return
     lowest = min(_lowest(model, how) for how in steerings)
@@ -160,11 +160,11 @@ def parts_of_texts(
     model: nn.Module,
     steerings: Sequence[Steering],  # all act together
     pairs: Sequence[Scored],  # ids of a prompt, and of what follows it
-    known: dict[Condition, list[Tensor]] | None = None,  # what gates have decided on these texts; it is added to
+    known: dict[Condition, list[Tensor]] | None = None,  # what gates have decided for these texts; extended here
 ) -> list[PlainPart]:
-    """Steerings without conditions that do to these texts what `steerings` do.
+    """Steerings without conditions that have the same effect on these texts as `steerings`.
 
-    Raises ValueError where a gate would read what another steering changes."""
+    Raises ValueError where a gate would read activations that another steering changes."""
     _check_gates_read_unsteered(model, steerings)
     decided = {} if known is None else known
     return [part for how in steerings for part in _parts_of(model, how, pairs, decided)]

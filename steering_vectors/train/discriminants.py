@@ -16,24 +16,24 @@ from ..numbers import CPU
 # %% ../../nbs/reference/train/discriminants.ipynb #d0c57219
 __doc__ = """Along which direction do two sets of activations differ most?
 
-Two sets of texts leave two sets of activations at a layer. A linear discriminant tells them apart:
+Two sets of texts have two sets of activations at a layer. A linear discriminant tells them apart:
 the difference of the two means, whitened by the covariance within the sets. There are fewer texts
-than numbers in an activation, so the covariance is shrunk towards a multiple of the identity, as
-far as Ledoit and Wolf compute from the data themselves.
+than dimensions, so the covariance is shrunk towards a multiple of the identity, by an amount
+computed from the data (Ledoit and Wolf).
 
 For steering, whitening is wrong: it makes the effect smaller. For reading it is right, because it
-turns away from what varies within both sets. So gates and readers stand on this module, and the
+gives little weight to what varies within both sets. So gates and readers use this module, and the
 aggregators of training do not.
 
-With few texts, a direction fits its own texts much too well. `unseen_scores` gives each text the
-score of a direction that was made without it, and thresholds and units are taken from those scores.
+With few texts, a direction fits its own texts much too well. `unseen_scores` scores each text by a
+direction that was made without it; thresholds and units are set from those scores.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/discriminants.html
 """
 
 # %% ../../nbs/reference/train/discriminants.ipynb #f3f233c9
 def _shrinkage(within: Tensor) -> float:  # between 0 and 1
-    "How far a covariance is drawn to a multiple of the identity (Ledoit and Wolf 2004). `within`: (n, d), centred."
+    "How far a covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004). `within`: (n, d), centred."
     n, d = within.shape
     gram = within @ within.T
     size = float((gram**2).sum()) / n**2  # the squared norm of the covariance
@@ -50,7 +50,7 @@ class Discriminant(NamedTuple):
     middle: Tensor  # (d,)
 
     def scores(self, means: Tensor) -> Tensor:  # (n,)
-        "How far activations lie on the positive side."
+        "How far activations are on the positive side."
         return (means - self.middle) @ self.direction
 
 # %% ../../nbs/reference/train/discriminants.ipynb #e2962f08
@@ -58,7 +58,7 @@ def discriminant(
     positive: Tensor,  # (n, d), on the CPU
     negative: Tensor,  # (m, d)
 ) -> Discriminant:
-    "The direction along which two kinds differ most, measured by how they vary within."
+    "The direction along which two kinds differ most, relative to the variation within them."
     up, down = positive.mean(0), negative.mean(0)
     within = torch.cat([positive - up, negative - down])
     n, d = within.shape

@@ -26,18 +26,17 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/distributed.ipynb #d0c57219
 __doc__ = """How do several processes share the samples?
 
-`torchrun --nproc_per_node 2 train.py` starts a script twice, with a number, the *rank*, for each
-process. Reading activations is easily divided: each rank takes its part of the samples, and at the
-end the parts are exchanged, so that every rank holds the same result, the one a single process
-would have had. `ranks` finds out who takes part, `Ranks.share` which part belongs to which rank,
-and `Ranks.together` does a piece of work on every rank and returns all results to each.
+`torchrun --nproc_per_node 2 train.py` starts a script in two processes, each with a number, its
+*rank*. Each rank reads its part of the samples. At the end the parts are exchanged, so every rank
+has the result that a single process would have. `ranks` finds out which processes take part,
+`Ranks.share` returns a rank's part, and `Ranks.together` does a piece of work on every rank and
+returns all results to each.
 
-Sharing is right only where every process makes the same call. Where one process trains alone, or
-each trains a vector of its own, pass `distributed=False`. Where nothing was passed, the processes
-find out before the work begins whether all of them are there and were asked for the same.
+Sharing is right only where every process makes the same call. If one process trains alone, or each
+trains a vector of its own, pass `distributed=False`. Without it, the processes check before the
+work begins that all of them are there and make the same call.
 
-There is no scheduler here and no protocol of our own: `torch.distributed` carries everything, on
-one machine or on several.
+All communication goes through `torch.distributed`, on one machine or on several.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/distributed.html
 """
@@ -47,26 +46,26 @@ T = TypeVar("T")
 logger = logging.getLogger("steering_vectors")
 
 # %% ../../nbs/reference/train/distributed.ipynb #0f79f07b
-_Share = tuple[str | None, Any, dict[str, Any]]  # what went wrong, the result, digests of what was asked and shared out
+_Share = tuple[str | None, Any, dict[str, Any]]  # error message, result, digests of arguments and samples
 
 # %% ../../nbs/reference/train/distributed.ipynb #7a3fa67d
 @dataclass
 class Ranks:
-    "Who takes part in a piece of work."
+    "The processes that take part in a piece of work."
 
     rank: int = 0  # this process, counted among those that take part
     world: int = 1  # how many there are
     group: Any = field(default=None, repr=False, compare=False)  # their process group; None for all processes
     digests: dict[str, Any] = field(
         default_factory=dict, repr=False, compare=False
-    )  # of what was asked, and the samples
+    )  # digests of the arguments and the samples
     failure_is_known: bool = field(default=False, repr=False, compare=False)  # to all ranks
 
     def ask(
         self,
         facts: Callable[[], Mapping[str, Any]],  # by name; "" where it is not known
     ) -> None:
-        "Note what all ranks must ask for alike."
+        "Note what must be the same on all ranks."
         if self.world > 1:
             self.digests |= {name: value and _digest(value) for name, value in facts().items()}
 
@@ -89,7 +88,7 @@ class Ranks:
     ) -> list[T]:  # of all ranks, in order
         """Do `work` on every rank, and exchange the results.
 
-        Raises RuntimeError where another rank failed, and ValueError where one was asked for something else."""
+        Raises RuntimeError where another rank failed, and ValueError where one has other arguments or samples."""
         if self.world == 1:
             return [work()]
         try:
@@ -101,7 +100,7 @@ class Ranks:
         return [result for _, result, _ in self._agreed(mine)]
 
     def _agreed(self, mine: _Share) -> list[_Share]:
-        "The parts of all ranks, unless one failed or was given something else."
+        "The parts of all ranks; an error if one failed or has other arguments or samples."
         shares = self._exchange(mine)
         self.failure_is_known = True
         _check_shares(self.rank, self.digests, shares)
@@ -115,7 +114,7 @@ class Ranks:
 
 # %% ../../nbs/reference/train/distributed.ipynb #db7db06c
 def _check_shares(own_rank: int, own_digests: Mapping[str, Any], shares: Sequence[_Share]) -> None:
-    "Refuse shares of which one failed, or was given something else than this rank."
+    "Raise an error if a rank failed, or has other arguments or samples than this one."
     for rank, (failure, _, digests) in enumerate(shares):
         if failure is not None:
             raise RuntimeError(f"Rank {rank} of {len(shares)} failed, so there is no result. {failure}")
@@ -129,7 +128,7 @@ def _check_shares(own_rank: int, own_digests: Mapping[str, Any], shares: Sequenc
 
 # %% ../../nbs/reference/train/distributed.ipynb #829f380f
 def _differ(a: Any, b: Any) -> bool:
-    "Whether two digests differ; an empty one is not known."
+    "Whether two digests differ; an empty one matches any."
     return bool(a != "" and b != "" and a != b)
 
 # %% ../../nbs/reference/train/distributed.ipynb #cea0ecd5
@@ -138,25 +137,25 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(shown.encode()).hexdigest()
 
 # %% ../../nbs/reference/train/distributed.ipynb #0d31f7f3
-Distributed = Union["ProcessGroup", Literal[False], None]  # who shares the samples; None: all processes that there are
+Distributed = Union["ProcessGroup", Literal[False], None]  # which processes share the samples; None: all
 WARN_AFTER = 10.0  # seconds of waiting until the log names the missing ranks
 TIMEOUT = 300.0  # seconds of waiting until a rank gives up
 
 # %% ../../nbs/reference/train/distributed.ipynb #36eb6553
 def wait_for_members(
-    store: Any,  # what the processes have in common, of `torch.distributed`
+    store: Any,  # that the processes share, of `torch.distributed`
     name: str,  # of this meeting
     rank: int,  # this process
-    members: Sequence[int],  # all who are expected
+    members: Sequence[int],  # all that are expected
     timeout: float = TIMEOUT,  # seconds
 ) -> None:
-    """Wait until every process is here.
+    """Wait until every process has made this call.
 
-    Raises RuntimeError when some have not come in time."""
+    Raises RuntimeError after `timeout` seconds."""
     store.set(f"{name}/{rank}", "here")
     try:
         _wait_for(store, name, rank, members, timeout)
-    except BaseException:  # it has left, and may come again
+    except BaseException:  # a rank that left may call again
         store.delete_key(f"{name}/{rank}")
         raise
 
@@ -182,17 +181,17 @@ def _wait_for(store: Any, name: str, rank: int, members: Sequence[int], timeout:
         time.sleep(min(0.2, 0.001 + waited / 10))
 
 # %% ../../nbs/reference/train/distributed.ipynb #b8f74dc5
-_meetings: dict[str, int] = {}  # of each group, how many have been held: all ranks count alike
+_meetings: dict[str, int] = {}  # number of meetings of each group; the same on all ranks
 
 # %% ../../nbs/reference/train/distributed.ipynb #435939b8
 @contextmanager
 def ranks(
     model: nn.Module,
-    distributed: Distributed = None,  # None: all processes that there are; False: this one alone; or a process group
+    distributed: Distributed = None,  # None: all processes; False: this one alone; or a process group
 ) -> Iterator[Ranks]:
     """The processes that share the work of reading `model`.
 
-    Raises TypeError or ValueError for what is no group of this process."""
+    Raises TypeError or ValueError for what is no process group, or a group without this process."""
     _check_distributed(distributed, model)
     launched = dist.is_available() and (dist.is_initialized() or dist.is_torchelastic_launched())
     single = not launched or int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized()
@@ -206,14 +205,14 @@ def ranks(
 
 # %% ../../nbs/reference/train/distributed.ipynb #6da34faf
 def _existing_group(distributed: Distributed) -> Ranks:
-    "All processes of a group that is there."
+    "All processes of an existing group."
     from torch.distributed.distributed_c10d import _get_default_store
 
     group: Any = distributed or dist.group.WORLD
     members, store = dist.get_process_group_ranks(group), _get_default_store()
     team = Ranks(dist.get_rank(group), len(members), distributed)
     if team.world > 1 and store is not None:
-        timeout = store.timeout.total_seconds()  # type: ignore[attr-defined]  # its stub leaves it out
+        timeout = store.timeout.total_seconds()  # type: ignore[attr-defined]  # missing in its stub
         _gather_members(
             store, group.group_name, dist.get_rank(), members, timeout if distributed else min(timeout, TIMEOUT)
         )
@@ -236,7 +235,7 @@ def _temporary_group() -> Iterator[Ranks]:
 
 # %% ../../nbs/reference/train/distributed.ipynb #935aed30
 def _gather_members(store: Any, name: str, rank: int, members: Sequence[int], timeout: float) -> str:
-    "Meet, and return a name for this meeting."
+    "Wait for all members, and return a name for this meeting."
     logger.info(
         "Samples are shared out by %d processes, and each of them must make this call; distributed=False stays alone",
         len(members),
@@ -249,7 +248,7 @@ def _gather_members(store: Any, name: str, rank: int, members: Sequence[int], ti
 
 # %% ../../nbs/reference/train/distributed.ipynb #c8aabb48
 def _check_distributed(distributed: Any, model: nn.Module) -> None:
-    "Refuse what is no group, a group of others, and any group where all processes hold one model together."
+    "Refuse what is no group, a group without this process, and any group that holds one model together."
     if distributed is None or distributed is False:
         return
     if not isinstance(distributed, getattr(dist, "ProcessGroup", ())) and distributed != _non_member():
@@ -270,7 +269,7 @@ def _check_distributed(distributed: Any, model: nn.Module) -> None:
 
 # %% ../../nbs/reference/train/distributed.ipynb #da8d77e5
 def _non_member() -> Any:
-    "What stands for a group in a process that is not in it."
+    "The value of a group in a process that is not in it."
     return dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
 
 # %% ../../nbs/reference/train/distributed.ipynb #42847fa1

@@ -37,15 +37,14 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/extraction.ipynb #d0c57219
 __doc__ = """How are the activations of many samples read, with no token computed twice?
 
-Training a vector spends its time here: the model runs over every text, and at each wanted layer the
-activation of one token is kept. `extract_activations`, which most people want, returns the
-activations of both sides, by layer. `read_samples` is the loop beneath it: it takes samples a
-window at a time, asks strategies for the way of reading that suits the model, reads by it, and
-gives the activations to a `Collector`. `read_on_all_ranks` runs the loop on every process that
-takes part.
+This is where training takes most of its time: the model runs over every text, and at each wanted
+layer the activation of one token is kept. Most users need `extract_activations`, which returns the
+activations of both sides, by layer. `read_samples` is the loop below it: it takes one window of
+samples at a time, reads them by the strategy that suits the model (see strategies), and gives the
+activations to a `Collector`. `read_on_all_ranks` runs the loop on every process that takes part.
 
-What a collector makes of the activations decides how much memory is needed. `ActivationStore` keeps
-all of them; the collectors of training need not.
+The collector decides how much memory is needed. `ActivationStore` keeps all activations; the
+collectors of training need not.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/extraction.html
 """
@@ -55,7 +54,7 @@ WINDOW = 1024  # pairs that are sorted together
 
 # %% ../../nbs/reference/train/extraction.ipynb #80fd4ff9
 class Collector(Protocol):
-    "What becomes of the activations."
+    "Takes the activations as they are read."
 
     def take(self, numbers: list[int], acts: dict[int, Tensor]) -> None:
         "Take the activations of one pass: layer -> (len(numbers), d)."
@@ -65,7 +64,7 @@ class Collector(Protocol):
 
 # %% ../../nbs/reference/train/extraction.ipynb #5876e2d1
 class _Progress:
-    "Moves a progress bar over the samples of all processes, as far as this one can tell."
+    "A progress bar over the samples of all processes, estimated from this one."
 
     def __init__(self, bar: Any):
         self.bar = bar
@@ -87,13 +86,13 @@ def _read_window(
     collectors: Mapping[str, Collector],
     budget: int,
     progress: _Progress,
-) -> int:  # the budget from here on
+) -> int:  # the token budget after this window
     "Read the texts of a window and give their activations to the collectors."
 
     done: set[int] = set()
 
     def on_pass(numbers: list[int], acts: dict[int, Tensor]) -> None:
-        for i, collector in enumerate(collectors.values()):  # the readings of a text come in turn
+        for i, collector in enumerate(collectors.values()):  # the readings of each text are interleaved
             collector.take(numbers, {layer: h[i :: len(collectors)] for layer, h in acts.items()})
         done.update(numbers)
         progress.add(len(numbers))
@@ -116,7 +115,7 @@ def read_samples(
     samples: Any,  # pairs, any iterable; or two sets of texts; read once
     request: Request,
     collectors: Mapping[str, Collector],  # by reading
-    team: Ranks = Ranks(),  # noqa: B008  # who shares the samples
+    team: Ranks = Ranks(),  # noqa: B008  # the processes that share the samples
 ) -> SamplesRead:
     """Read what `request` asks for and give it to the collectors.
 
@@ -205,9 +204,11 @@ def read_on_all_ranks(
     samples: Any,
     request: Request,
     collector: Callable[[Ranks], S],  # makes the collector of a reading
-    kept: Callable[[S], K],  # what the processes exchange of it; it must be picklable
-    facts: Mapping[str, Any] | None = None,  # more that they must agree on, by name
-) -> tuple[dict[str, list[K]], dict[str, S], SamplesRead]:  # by reading: what each kept, and this one's collector
+    kept: Callable[[S], K],  # the part of it that the processes exchange; picklable
+    facts: Mapping[str, Any] | None = None,  # more that must be the same on all processes, by name
+) -> tuple[
+    dict[str, list[K]], dict[str, S], SamplesRead
+]:  # by reading: what each process kept, and this one's collector
     "Read on every process that takes part."
     with ranks(model, request.distributed) as team:
         team.ask(lambda: facts or {})
@@ -261,9 +262,9 @@ def extract_activations(
     | Mapping[str, Reading]
     | None = None,  # average several tokens instead: Tokens.all, Tokens.generated, Tokens.prompt[-4:]; or several readings by name
     token_budget: int | None = None,  # most tokens in one pass; None chooses by model and device
-    truncation: Truncation | None = None,  # which end to cut from texts longer than the model's window; None refuses
+    truncation: Truncation | None = None,  # which end to cut from texts longer than the model's context; None: an error
     *,
-    distributed: Distributed = None,  # who shares the samples: None for all processes, False for this one alone, or a process group
+    distributed: Distributed = None,  # which processes share the samples: None for all, False for this one alone, or a process group
     add_generation_prompt: bool
     | None = None,  # open an answer after each conversation; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template: {"enable_thinking": False}
@@ -286,7 +287,7 @@ def extract_activations(
     )
     found = {name: joined(per_process) for name, per_process in kept.items()}
     device = "cpu" if move_to_cpu else input_device(model)
-    if len(kept[next(iter(kept))]) > 1:  # they have travelled by way of the CPU
+    if len(kept[next(iter(kept))]) > 1:  # the exchange went through the CPU
         found = {name: _sides_on(sides, device) for name, sides in found.items()}
     return found if isinstance(read, Mapping) else found[""]
 

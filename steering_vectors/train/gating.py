@@ -32,31 +32,31 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/gating.ipynb #d0c57219
 __doc__ = """How is a gate learned from prompts of two kinds?
 
-A `Gate` opens for prompts of one kind. `train_gate` learns it from some prompts that are of that
-kind and some that are not. Each prompt becomes one activation: the mean over its own words at one
-layer, without the beginning that all prompts share, such as a system message.
+A `Gate` opens for prompts of one kind. `train_gate` learns it from prompts of that kind and prompts
+of other kinds. Each prompt becomes one vector: the mean of its activations at one layer, without
+the beginning that all prompts share, such as a system message.
 
 The direction is a linear discriminant: the difference of the two means, whitened by the covariance
-within the kinds, which is shrunk towards a multiple of the identity (Ledoit and Wolf), because
-there are fewer prompts than numbers. For steering, whitening is wrong. For telling prompts apart it
-is right: it turns away from what varies within both kinds.
+within the kinds. There are fewer prompts than dimensions, so the covariance is shrunk towards a
+multiple of the identity (Ledoit and Wolf). Whitening is wrong for steering. For telling prompts
+apart it is right: it reduces what varies within both kinds.
 
 With so few prompts the direction fits its own prompts much too well, and a threshold between
-*their* scores would lie too high. So each prompt is scored by a direction that has not seen it, and
-the threshold lies between those scores.
+*their* scores would be too high. So each prompt is scored by a direction that was learned without
+it, and the threshold is set between those scores.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/gating.html
 """
 
 # %% ../../nbs/reference/train/gating.ipynb #091de660
 def _words_begin(rows: Sequence[list[int]]) -> int:
-    "How many tokens at their beginning all prompts share; at least one token of each is left."
+    "How many tokens at the beginning all prompts share; at least one token of each prompt is left."
     shared = min((shared_start(rows[0], row) for row in rows[1:]), default=0)
     return min(shared, min(map(len, rows)) - 1)
 
 # %% ../../nbs/reference/train/gating.ipynb #d575c38e
 class _LayerRead(Exception):
-    "Ends a pass in which nothing above is wanted."
+    "Ends a pass after the layer that is read."
 
 # %% ../../nbs/reference/train/gating.ipynb #74c7c9dd
 def _states(model: nn.Module, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:  # (b, s, d)
@@ -94,7 +94,7 @@ def _means_of_prompts(
 
 # %% ../../nbs/reference/train/gating.ipynb #dcbe8968
 def _between_classes(high: Tensor, low: Tensor) -> float:
-    "The point between the means of two kinds of scores, as many of its spreads from the one as from the other."
+    "The point between the means of two kinds of scores that is the same number of standard deviations from both."
     spread_high, spread_low = float(high.std()), float(low.std())
     total = spread_high + spread_low
     share = 0.5 if total == 0 else spread_low / total
@@ -102,7 +102,7 @@ def _between_classes(high: Tensor, low: Tensor) -> float:
 
 # %% ../../nbs/reference/train/gating.ipynb #fa062632
 def _share_open(high: Tensor, low: Tensor, folds: int) -> tuple[float, float]:
-    "Which share of either kind lies above thresholds that were set without it."
+    "The share of each kind above thresholds that were set without it."
     opened = torch.zeros(2, dtype=torch.float64, device=CPU)
     for fold in range(folds):
         inside = [torch.arange(len(kind), device=CPU) % folds == fold for kind in (high, low)]
@@ -114,11 +114,11 @@ def _share_open(high: Tensor, low: Tensor, folds: int) -> tuple[float, float]:
 def train_gate(
     model: nn.Module,  # not changed
     tokenizer: "PreTrainedTokenizerBase",
-    positive_prompts: Sequence[Text],  # of the kind for which the gate is to open: words, conversations or ids
+    positive_prompts: Sequence[Text],  # for these the gate opens: strings, conversations or ids
     negative_prompts: Sequence[Text],  # of other kinds
     layer: int,  # whose output the gate reads; about a third of the depth is a good one
     layer_type: LayerType = "decoder_block",  # which output of the block
-    threshold: float | None = None,  # open above it; None: between the scores of prompts that were not fitted
+    threshold: float | None = None,  # open above it; None: set between the scores of prompts that were not fitted
     layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
     batch_size: int = 16,  # prompts in one pass
     template: Template | None = None,  # arguments of the chat template
@@ -145,7 +145,7 @@ def train_gate(
 def _learned(
     positive: Tensor, negative: Tensor, layer: int, layer_type: LayerType, threshold: float | None, tokens: Tokens
 ) -> Gate:
-    "The gate that two kinds of means, (n, d) each, make, and how it did."
+    "The gate learned from the means of both kinds, (n, d) and (m, d), with its measured quality."
     folds = min(5, len(positive), len(negative))
     high, low = unseen_scores(positive, negative, folds)
     made = discriminant(positive, negative)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/openings.ipynb #d0c57219
 __doc__ = """Is a text in the chat format already?
 
-Words are put into the chat format as a user's message. Words that are in the format already must
-not be wrapped a second time. `wants_template` decides which is the case, by how the words begin:
-with a special token of the tokenizer (`special_strings`), or with what the template writes before a
-first content (`chat_openings`).
+A string is put into the chat format as a user's message. A string that is in the format already
+must not be wrapped a second time. `wants_template` decides by the beginning of the string: a
+special token of the tokenizer (`special_strings`), or the text that the template writes before the
+first content (`chat_openings`), means that it is in the format already.
 
-Some tokenizers read a special token as letters where it is written in a text. Words that begin with
-one are refused there, because the model would not see the token.
+Some tokenizers read a special token in a text as plain letters. With these, a string that begins
+with one is an error, because the model would not get the token.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/openings.html
 """
@@ -47,12 +47,12 @@ def chat_openings(
     for role in ("user", "system", "assistant"):
         try:
             out = render(tokenizer, [{"role": role, "content": _MARK}], template)
-        except ValueError:  # some templates have no such role, or refuse it in front
+        except ValueError:  # some templates have no such role, or refuse it as the first
             continue
         text = out if isinstance(out, str) else str(tokenizer.decode(out, skip_special_tokens=True))
         opening = text.partition(_MARK)[0] if _MARK in text else ""
         found.add(opening.removeprefix(getattr(tokenizer, "bos_token", None) or "").strip())
-    return tuple(sorted(o for o in found if len(o) > 1 and not o.isalnum()))  # letters alone are a word like any other
+    return tuple(sorted(o for o in found if len(o) > 1 and not o.isalnum()))  # letters alone could be a word
 
 # %% ../../nbs/reference/train/openings.ipynb #edb13ca1
 def check_special_start(
@@ -60,7 +60,7 @@ def check_special_start(
     words: str,
     specials: tuple[str, ...],  # `special_strings` of the tokenizer
 ) -> None:
-    """Refuse words that begin with a special token which this tokenizer reads as letters.
+    """Refuse a string that begins with a special token that this tokenizer reads as letters.
 
     Raises ValueError there."""
     if not words.startswith(specials):
@@ -74,7 +74,7 @@ def check_special_start(
 
 # %% ../../nbs/reference/train/openings.ipynb #b3859644
 def wants_template(tokenizer: "PreTrainedTokenizerBase", words: str, template: Template | None) -> bool:
-    "Whether words are to be put into the chat template: there is one, and they are not in it already."
+    "Whether a string should be put into the chat template: there is one, and the string is not in it already."
     words, specials = words.lstrip(), special_strings(tokenizer)
     check_special_start(tokenizer, words, specials)
     if words.startswith(specials) or not has_template(tokenizer, template):

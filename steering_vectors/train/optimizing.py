@@ -41,24 +41,24 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/optimizing.ipynb #d0c57219
 __doc__ = r"""How is a steering vector learned by gradient?
 
-`train_steering_vector` reads activations and takes a mean. `optimize_steering_vector` asks the
-model itself which shift at a layer would make the matching completions more probable than the
-others, and what that would cost: with $g$ the gradient of the completion gap and $F$ the curvature
-of the damage, the best small shift is
+`train_steering_vector` reads activations and takes a mean. `optimize_steering_vector` uses
+gradients: it finds the shift at a layer that makes the matching completions more probable than the
+others, for a given damage. With $g$ the gradient of the completion gap and $F$ the curvature of the
+damage, the best small shift is
 
 $$v \propto (F + \lambda I)^{-1} g$$
 
 One backward pass over the contrasts gives $g$, and $F$ is measured once for a model and a layer.
-There is no learning rate and nothing to wait for. The vector comes calibrated: multiplier 1 costs
-`kl` nats per token of ordinary text.
+There is no learning rate. The vector is calibrated: multiplier 1 costs `kl` nats per token of
+ordinary text.
 
-On request, steps go on from there by Adam, in coordinates in which damage is a length, and that
-length is held. BiPO's preference loss and aims of your own are told by `objective`.
+With `steps`, Adam continues from there at constant damage. `objective` chooses the aim: BiPO's
+preference loss, or a function of your own.
 
-What a learned vector is good at is what it was learned for. On the model that was measured, the
-closed form doubles the completion gap of new statements at equal damage and leaves what the model
-*writes* where the mean difference has it; steps raise the gap a little more and move the texts
-less. `objective="texts"` is for those. So look at both before calling one vector better.
+A learned vector is good at what it was learned for. On the measured model, the closed form doubles
+the completion gap of new statements at equal damage, but moves the texts that the model *writes* no
+more than the mean difference does. Steps raise the gap a little more and move the texts less.
+`objective="texts"` is for the texts. So look at both before you call one vector better.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/optimizing.html
 """
@@ -104,7 +104,7 @@ class StepOptions(NamedTuple):
     "How far, and on how many contrasts at a time."
 
     steps: int
-    learning_rate: float  # of the first step, in lengths of the vector; it falls to 0
+    learning_rate: float  # of the first step, in units of the vector's norm; it falls to 0
     contrasts_per_step: int
     seed: int = 0
     show_progress: bool = False
@@ -118,7 +118,7 @@ class _Group:
     before: Tensor | None = field(default=None, init=False)
 
     def gradient(self, place: ShiftPlace, objective: Objective, shift: Tensor, sign: float) -> Tensor:
-        "The gradient of the aim with respect to the shift; for sign -1 as the negative of the vector is to see it."
+        "The gradient of the aim with respect to the shift; with sign -1 the shift is subtracted and the sides are exchanged."
         if self.before is None and objective is not choices:
             with undisturbed(self.scorer.model):
                 self.before = self.scorer.scores([place.steering(shift)], 0.0)
@@ -169,9 +169,9 @@ def _progress(options: StepOptions) -> Any:
 
 # %% ../../nbs/reference/train/optimizing.ipynb #6b021407
 class Learned(NamedTuple):
-    "A shift that was learned, and what it is to cost."
+    "A learned shift, and the answers by which its damage is measured."
 
-    shift: Tensor  # (size,) of any length
+    shift: Tensor  # (size,) of any norm
     curvature: Curvature
     answers: OwnAnswers  # by which its damage is measured
     num_contrasts: int
@@ -200,10 +200,10 @@ def as_vector(
     model: "PreTrainedModel",
     place: ShiftPlace,
     learned: Learned,
-    kl: float,  # what multiplier 1 is to cost
+    kl: float,  # nats per token that multiplier 1 costs
     batch_size: int | None = None,
 ) -> SteeringVector:
-    "A learned shift as a calibrated vector. Raises ValueError where no length of it costs `kl`."
+    "A learned shift as a calibrated vector. Raises ValueError where no multiple of it costs `kl`."
     start = learned.shift.float() * math.sqrt(kl / learned.curvature.damage(learned.shift))
     vector = place.vector(start.to(input_device(model)))
     vector.provenance = learned_story(model, place, learned)
@@ -235,7 +235,7 @@ def _from_contrasts(
 
 # %% ../../nbs/reference/train/optimizing.ipynb #f2b41e0e
 def _from_texts(found: FromTexts, num_contrasts: int) -> Learned:
-    "A shift learned from the model's own answers, with its story."
+    "A shift learned from the model's own answers, with its provenance."
     made_by = "gradient of a reader's score of the model's own answers, divided by the curvature of the damage; in equal parts with the mean difference"
     facts = {"objective": "texts", "steps": 0, "answers": len(found.pool), "pool_seed": found.pool.seed}
     told = {"reader": repr(found.reader)} if isinstance(found.reader, Reader) else {"reader": "given scores"}
@@ -243,13 +243,13 @@ def _from_texts(found: FromTexts, num_contrasts: int) -> Learned:
 
 # %% ../../nbs/reference/train/optimizing.ipynb #81a297b5
 def _check_texts(objective: Any, steps: int, pool: Any, reader: Any) -> bool:
-    "Whether the texts are the aim. Raises ValueError for arguments that go with another aim."
+    "Whether the objective is `texts`. Raises ValueError for arguments that go with another aim."
     if objective == "texts":
         if steps:
             raise ValueError("The gradient of texts is known at zero only, so there are no steps: leave steps out.")
         return True
     if pool is not None or reader is not None:
-        raise ValueError("A pool and a reader serve objective='texts', and no other. Leave them out, or ask for texts.")
+        raise ValueError("A pool and a reader serve objective='texts' only. Leave them out, or pass objective='texts'.")
     return False
 
 # %% ../../nbs/reference/train/optimizing.ipynb #6c9edfe4
@@ -265,13 +265,13 @@ def optimize_steering_vector(
     | None = None,  # for texts: answers of the model; None: 512 of them, made once for the model and the place
     layer_type: LayerType = "decoder_block",  # which output of the block is shifted
     layer_config: ModelLayerConfig | None = None,  # your own module names, by layer type
-    seed: int = 0,  # of the model's own answers, and of the steps
+    seed: int = 0,  # for the model's own answers and for the steps
     show_progress: bool = False,  # a progress bar for the steps
     *,
     reader: Reader | Tensor | None = None,  # for texts: scores the answers; None: learned from the contrasts
     tokens: Tokens | None = None,  # which tokens are steered, in learning and in measuring; None: every token
-    prompts: Any = None,  # requests by which damage is measured, as in `calibrate`; None: everyday ones
-    learning_rate: float = 0.1,  # of the first step, in lengths of the vector
+    prompts: Any = None,  # requests on which damage is measured, as in `calibrate`; None: everyday ones
+    learning_rate: float = 0.1,  # of the first step, in units of the vector's norm
     contrasts_per_step: int = 8,
     batch_size: int | None = None,  # most texts in one pass; None lets the token budget decide
     chat: bool | None = None,  # put words into the chat template; None: where there is one

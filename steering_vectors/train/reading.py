@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/reading.ipynb #d0c57219
 __doc__ = """Which tokens of each text are read?
 
-Training reads the activation of one token of each text, or the mean over several. This room finds
+Training reads the activation of one token of each text, or the mean over several. This page finds
 their positions. `encode_samples` makes an `EncodedPair` of every pair of texts, and `encode_texts`
-an `EncodedText` of every text of a set: the token ids, and the positions to read. Both go through
-`tokenize_texts`, whose `Tokenized` texts can be asked for positions as often as there are things to
-read.
+an `EncodedText` of every text of a set: the token ids, and the positions to read. Both use
+`tokenize_texts`, which tokenizes each text once; a `Tokenized` text returns the positions for any
+number of readings.
 
-How words become ids is decided in texts, and what counts as a sample in samples. No model appears
-here: everything is lists of whole numbers.
+texts turns texts into ids, and samples defines what a sample is. No model is needed on this page:
+everything is lists of whole numbers.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/reading.html
 """
@@ -63,7 +63,7 @@ def read_position(
 
 # %% ../../nbs/reference/train/reading.ipynb #c66051d0
 class EncodedText(NamedTuple):
-    "A text as a model takes it, and where to read it."
+    "A text as a model takes it, and the positions to read."
 
     ids: list[int]  # token ids
     read: list[int]  # positions whose activations are averaged, counted from the beginning
@@ -85,9 +85,9 @@ def selected_positions(
     prompt: int,  # how many of them are the prompt
     name: str = "This text",  # begins the error message
 ) -> list[int]:
-    """The positions of the tokens that `read` names.
+    """The positions of the tokens that `read` selects.
 
-    Raises ValueError where it names none."""
+    Raises ValueError where it selects none."""
     found = _positions(read, ids, prompt)
     if not found:
         raise ValueError(
@@ -117,7 +117,7 @@ class _PromptFinder:
 
     @cached_property
     def openings(self) -> list[str]:
-        "What a turn may begin with."
+        "The ways in which a turn may begin."
         return [*special_strings(self.tokenizer), *chat_openings(self.tokenizer, self.settings.template)]
 
     def length(self, text: "Tokenized") -> int:
@@ -139,7 +139,7 @@ class _PromptFinder:
         common, marked = shared_start(text.whole, other.whole), self._marked_length(other)
         if marked is not None and common < marked:
             raise ValueError(
-                f"{text.name} is one string, and does not begin with the prompt that is marked in the other of its pair, so nothing "
+                f"{text.name} is one string, and does not begin with the prompt that is marked in the other text of its pair, so nothing "
                 f"marks where its own ends. Give {_MARKED}."
             )
         rest, other_rest = text.whole[common:], other.whole[common:]
@@ -150,7 +150,7 @@ class _PromptFinder:
 
 # %% ../../nbs/reference/train/reading.ipynb #8e41c443
 def _check_single_turn(name: str, rest: str, openings: Sequence[str]) -> None:
-    "Refuse a common beginning that is no prompt, since a turn follows it."
+    "Refuse a common beginning that is no prompt, because a turn begins after it."
     for opening in openings:
         if opening in rest and rest.rpartition(opening)[2].strip():
             raise ValueError(
@@ -175,7 +175,7 @@ def _warn_if_ends_equal(name: str, rest: list[int], other_rest: list[int]) -> bo
 # %% ../../nbs/reference/train/reading.ipynb #117204b0
 @dataclass
 class Tokenized:
-    "A text as ids, to be asked which positions are read: as often as there are readings."
+    "A text as ids, which returns the positions to read for each reading."
 
     text: Text
     name: str  # for error messages
@@ -183,7 +183,7 @@ class Tokenized:
     ids: list[int]  # those that are left when the text was cut
     num_cut: int  # how many were cut from the beginning
     num_dropped: int  # start tokens that the tokenizer would have put in front of the text's own
-    own_index: int | None  # where this text is read, whatever is asked
+    own_index: int | None  # where this text is read, in every reading
     prompts: _PromptFinder
     other: "Tokenized | None" = None  # the other text of its pair
 
@@ -236,10 +236,10 @@ def tokenize_texts(
     texts: Sequence[Text],  # in any spelling of `as_text`
     names: Sequence[str],  # of each, for error messages
     settings: TextSettings = TextSettings(),  # noqa: B008
-    own_indices: Sequence[int | None] | None = None,  # where each is read, whatever is asked
-    paired: bool = False,  # whether each two texts in turn are a pair
+    own_indices: Sequence[int | None] | None = None,  # where each is read, in every reading
+    paired: bool = False,  # whether texts 0 and 1, 2 and 3, ... are pairs
 ) -> list[Tokenized]:
-    "Texts as ids, ready to be asked for positions."
+    "Texts as ids, from which positions can be found."
     texts = [as_text(text, name) for text, name in zip(texts, names, strict=True)]
     prompts, made = _PromptFinder(tokenizer, settings), []
     for i, (whole, num_dropped) in enumerate(encoded_texts(tokenizer, texts, *settings.for_text, names=names)):
@@ -265,8 +265,8 @@ def read_places(
         if len(places.read) != len(partner.read) and 0 in (places.read[0], partner.read[0]):
             warnings.warn(
                 f"{text.name} averages {len(places.read)} tokens, the first among them, and is compared with a text that averages "
-                f"{len(partner.read)}. In most models the first token's activation is many times longer than all others, so such a "
-                "direction is made by length. Leave it out: Tokens.all[1:]; or read what was said: Tokens.generated.",
+                f"{len(partner.read)}. In most models the norm of the first token's activation is many times larger than all others, so such a "
+                "direction depends on the lengths of the texts. Leave it out: Tokens.all[1:]; or read the answer: Tokens.generated.",
                 stacklevel=2,
             )
             break
@@ -279,7 +279,7 @@ def tokenize_samples(
     settings: TextSettings = TextSettings(),  # noqa: B008
     start: int = 0,  # number of the first sample, for error messages
 ) -> list[Tokenized]:  # positive and negative texts in turn
-    "The texts of many pairs, ready to be asked for positions."
+    "The texts of many pairs, from which positions can be found."
     pairs = [as_sample(sample, f"Sample {start + i}") for i, sample in enumerate(as_rows(samples))]
     texts = [text for pair in pairs for text in (pair.positive_str, pair.negative_str)]
     own = [index for pair in pairs for index in (pair.read_positive_token_index, pair.read_negative_token_index)]

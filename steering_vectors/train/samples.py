@@ -19,13 +19,13 @@ from .prompts import Text, id_row
 # %% ../../nbs/reference/train/samples.ipynb #d0c57219
 __doc__ = """How does each way of writing samples become pairs of texts?
 
-Training takes pairs of texts, or two sets of texts, in whatever form they come: tuples, preference
-rows, data frames, a generator. They become one form here. `as_text` reads one text, `as_sample` one
+Training takes pairs of texts, or two sets of texts, in many forms: tuples, preference rows, data
+frames, a generator. This page turns them into one form. `as_text` reads one text, `as_sample` one
 pair, `as_sets` recognises two sets, and `sample_rows` turns either kind into rows of a positive and
 a negative text.
 
 A text is a plain string, a conversation, a record (a prompt with its response), or token ids.
-Anything else is refused at once, while the error can still name the sample.
+Anything else raises an error that names the sample.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/samples.html
 """
@@ -37,8 +37,8 @@ class SteeringVectorTrainingSample:
 
     positive_str: Text  # shows the behaviour
     negative_str: Text  # does not
-    read_positive_token_index: int | None = None  # where to read `positive_str`, if not where the others are read
-    read_negative_token_index: int | None = None  # where to read `negative_str`, likewise
+    read_positive_token_index: int | None = None  # the token to read in `positive_str`; None: as in other samples
+    read_negative_token_index: int | None = None  # the same for `negative_str`
 
 # %% ../../nbs/reference/train/samples.ipynb #1cb251ec
 _PROMPTS, _RESPONSES = ("prompt", "question"), ("response", "completion", "answer")
@@ -47,8 +47,8 @@ _PROMPTS, _RESPONSES = ("prompt", "question"), ("response", "completion", "answe
 def as_text(
     text: Any,  # a string, a conversation, ids, or a record of a prompt and its response
     name: str = "This text",  # begins the error message
-) -> Text:  # records with the keys `prompt` and `response`, or as the conversation they are
-    """One text, in the form that the rooms after this one know.
+) -> Text:  # a record has the keys `prompt` and `response`, or becomes a conversation
+    """One text, in the form that later modules take.
 
     Raises TypeError for what is no text."""
     text = _plain_lists(text)
@@ -83,7 +83,7 @@ def _text_of_mapping(text: Mapping[str, Any], name: str) -> Text:
 
 # %% ../../nbs/reference/train/samples.ipynb #3aae0d95
 def _plain_lists(value: Any) -> Any:
-    "Lists for arrays of strings or objects, such as tables hold."
+    "Arrays of strings or objects, such as tables hold, as lists."
     return value.tolist() if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "U", "T") else value
 
 # %% ../../nbs/reference/train/samples.ipynb #215bb5f5
@@ -104,8 +104,8 @@ def _with_answer(
     if answer[0].get("role") == "assistant" or before[-1].get("role") != "user":
         return [*before, *answer]
     raise ValueError(
-        f"{name} has a prompt, and a conversation that begins with another message than the assistant's and does not hold that "
-        "prompt. Leave the prompt out if the conversation is whole; or keep of it what comes after the prompt."
+        f"{name} has a prompt, and a conversation that does not begin with the assistant's message and does not hold that "
+        "prompt. If the conversation is whole, leave the prompt out; otherwise pass only the messages after the prompt."
     )
 
 # %% ../../nbs/reference/train/samples.ipynb #59d46168
@@ -114,7 +114,7 @@ def _message_list(value: Any) -> Any:
 
 # %% ../../nbs/reference/train/samples.ipynb #a31f2051
 def _checked_text(text: Text, name: str) -> Text:
-    "A record whose prompt and response can be read, or an error that names what cannot."
+    "The same text; raises TypeError where a record's prompt or response cannot be read."
     for part, value in text.items() if isinstance(text, Mapping) else ():
         if not (isinstance(value, str) or (part == "prompt" and is_messages(value))):
             try:
@@ -154,7 +154,7 @@ def as_sample(
 
 # %% ../../nbs/reference/train/samples.ipynb #d096dbf9
 def _from_table(value: Any) -> Any:
-    "A data frame keeps what is absent as NaN, and whole numbers beside it as floats."
+    "None for NaN, and a whole number for a float: a data frame stores missing numbers as NaN."
     if not isinstance(value, float):
         return value
     if value != value:  # NaN
@@ -168,13 +168,13 @@ def _all_words(text: Any) -> str:
 
 # %% ../../nbs/reference/train/samples.ipynb #078cfe86
 def _texts_of_row(row: Mapping[str, Any], pos: str, neg: str, name: str) -> tuple[Text, Text]:
-    "Both texts of a row, which may have its prompt in a column of its own."
+    "Both texts of a row, whose prompt may be in a column of its own."
     prompt, texts = _from_table(row.get("prompt")), (row[pos], row[neg])
     _check_unread_columns(row, prompt, texts, name)
     are_strings = isinstance(prompt, str) and all(isinstance(text, str) for text in texts)
     if are_strings and len(prompt.split()) > 2 and all(prompt in text for text in texts):
         raise ValueError(
-            f"{name} has a prompt that stands in its {pos} and its {neg} text too. Leave the column 'prompt' out if those are "
+            f"{name} has a prompt that is in its {pos} and its {neg} text too. Leave the column 'prompt' out if those are "
             f"whole texts; take it off them if they are answers."
         )
     return _with_answer(prompt, texts[0], name), _with_answer(prompt, texts[1], name)
@@ -195,9 +195,9 @@ TrainingSample = SteeringVectorTrainingSample | tuple[Text, Text] | Mapping[str,
 
 # %% ../../nbs/reference/train/samples.ipynb #df347a37
 def as_sets(
-    samples: Any,  # what was given to train on
+    samples: Any,  # what was passed to train on
 ) -> tuple[Iterable[Text], Iterable[Text]] | None:  # positive and negative texts; None: they are pairs
-    """Two sets without pairs, where that is what was given: `{'positive': [...], 'negative': [...]}`.
+    """The two sets of `{'positive': [...], 'negative': [...]}`; None for pairs.
 
     Raises TypeError where a set is one text."""
     if not isinstance(samples, Mapping):
@@ -207,7 +207,7 @@ def as_sets(
             for key in (pos, neg):
                 if isinstance(samples[key], str | Mapping) or is_messages(samples[key]):
                     raise TypeError(
-                        f"{key!r} is one text where a list of them is wanted. One sample is a list of one: [sample]; of a mapping "
+                        f"{key!r} is one text, and must be a list of texts. One sample is a list of one: [sample]; of a mapping "
                         "pass its values, of a tokenizer's output its input_ids."
                     )
             return samples[pos], samples[neg]
@@ -217,7 +217,7 @@ def as_sets(
 def as_rows(
     samples: Any,  # any iterable of samples, a data frame, or a mapping of columns
 ) -> Iterable[TrainingSample]:
-    """Samples one by one, also where they come as columns.
+    """Samples one by one, also from a table of columns.
 
     Raises TypeError for a single sample, and for a mapping that is no table."""
     if isinstance(samples, str | SteeringVectorTrainingSample):
@@ -253,7 +253,7 @@ def _rows_of_frame(samples: Any) -> list[Any] | None:
 
 # %% ../../nbs/reference/train/samples.ipynb #022f413a
 class _Empty:
-    "Where one of two sets has ended."
+    "Marks the rows after the end of the shorter set."
 
     def __repr__(self) -> str:
         return "no text"
@@ -293,7 +293,7 @@ def sample_rows(
 
 # %% ../../nbs/reference/train/samples.ipynb #3885f651
 def _check_tuple(samples: Any) -> None:
-    "Refuse (positive, negative) where it could be two sets, or two pairs."
+    "Refuse a tuple (positive, negative) that could be two sets or two pairs."
     rows = (str, tuple, Mapping, SteeringVectorTrainingSample)
     if isinstance(samples, tuple) and len(samples) == 2 and not any(isinstance(texts, rows) for texts in samples):
         raise TypeError(

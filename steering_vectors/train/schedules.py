@@ -26,11 +26,11 @@ from .reading import EncodedText
 # %% ../../nbs/reference/train/schedules.ipynb #d0c57219
 __doc__ = """Which texts run together in one pass, and what happens when memory runs out?
 
-A model can be given many texts in four ways, from the cheapest to the plainest: rows of a prefix
-tree, common beginnings that are run once and then continued, padded batches, and one text at a
-time. A `Strategy` names one of them. `plan_batches` cuts a set of texts into passes of that kind,
-under a budget of tokens, and `run_batches` runs the passes, with a smaller budget from where memory
-runs out. `read_by_strategy` does both, and is what the rooms after this one call.
+A model can run many texts in four ways, from the cheapest to the plainest: rows of a prefix tree,
+common beginnings that run once and are then continued, padded batches, and one text at a time. A
+`Strategy` is one of these ways. `plan_batches` divides a set of texts into passes of that kind,
+within a token budget. `run_batches` runs the passes, and goes on with a smaller budget when memory
+runs out. `read_by_strategy` does both; other modules call it.
 
 Two properties of a model limit what may share a pass: how many positions it has (`context_length`),
 and whether its rotary embedding changes with length (`rope_regime`).
@@ -41,12 +41,12 @@ Docs: https://OWNER.github.io/steering-vectors/reference/train/schedules.html
 # %% ../../nbs/reference/train/schedules.ipynb #2190851c
 @dataclass(frozen=True)
 class Strategy:
-    "How a model is given its texts."
+    "How texts are passed to a model."
 
     kind: Literal["packed", "continued", "padded", "single"] = "single"
     by_kind: bool = False  # packed: a dictionary of masks
     shortcut: bool = False  # packed: the last block ends early
-    positions: bool = True  # padded: give the model each token's position
+    positions: bool = True  # padded: pass each token's position
 
     def __str__(self) -> str:
         return {
@@ -68,7 +68,7 @@ class PlannedBatch(NamedTuple):
 def _padded(
     texts: Mapping[int, EncodedText],
     device: torch.device,
-    positions: bool,  # give the model each token's position? Otherwise it finds out itself
+    positions: bool,  # pass each token's position? If not, the model computes it
 ) -> Batch:
     "A padded batch, with or without positions."
     batch = padded_batch(texts, device)
@@ -92,7 +92,7 @@ def _by_length(texts: Mapping[int, EncodedText], budget: int, max_texts: int | N
 # %% ../../nbs/reference/train/schedules.ipynb #79dcb7af
 def plan_batches(
     strategy: Strategy,
-    model: nn.Module,  # what will run the passes
+    model: nn.Module,  # the module that will run the passes
     texts: Mapping[int, EncodedText],  # by number
     budget: int,  # most tokens of a pass
     max_texts: int | None = None,  # most texts of a pass
@@ -152,7 +152,7 @@ def rope_regime(
     config: Any,  # of the text model
     length: int,  # tokens of a text
 ) -> int:  # texts with different numbers must not share a pass
-    "Which rotary embedding a text of this length gets."
+    "The number of the rotary embedding that a text of this length gets."
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [p for p in (parameters, *parameters.values()) if isinstance(p, Mapping) and "rope_type" in p]
     regime = 0
@@ -191,7 +191,7 @@ def context_length(
 def token_budget_of(
     model: nn.Module,
 ) -> int:  # tokens of a pass
-    "How many tokens to give the model at once."
+    "How many tokens to run in one pass."
     config, device = text_config(model), input_device(model)
     sparse = getattr(config, "_attn_implementation", None) == "sdpa"
     if device.type != "cuda":
@@ -202,7 +202,7 @@ def token_budget_of(
 
 # %% ../../nbs/reference/train/schedules.ipynb #64b81d92
 def _largest(config: Any, name: str, default: int) -> int:
-    "A size that may be given for each layer, or not at all."
+    "A size from the config, which may have one per layer or none."
     size = getattr(config, name, None)
     return max(size) if isinstance(size, list | tuple) and size else size if isinstance(size, int) else default
 
@@ -223,10 +223,10 @@ def run_batches(
         [Mapping[int, EncodedText], int, int | None], list[PlannedBatch]
     ],  # texts, most tokens, most texts -> passes
     texts: Mapping[int, EncodedText],
-    budget: int,  # to begin with
+    budget: int,  # at the start
     on_pass: Callable[[list[int], dict[int, Tensor]], None],  # called after each pass
-) -> int:  # the budget it ended with
-    "Run all passes, with a smaller budget from where memory runs out."
+) -> int:  # the budget at the end
+    "Run all passes; when memory runs out, go on with a smaller budget."
     planned = deque(plan(texts, budget, None))
     while planned:
         batch = planned.popleft()
@@ -243,13 +243,13 @@ def run_batches(
             torch.cuda.empty_cache()
         unread = {n: texts[n] for each in (batch, *planned) for n in each.numbers}
         budget, max_texts = _smaller(budget, [len(texts[n].ids) for n in batch.numbers])
-        logger.info("Memory ran out: going on with %d tokens and %d texts a pass", budget, max_texts)
+        logger.info("Memory ran out: going on with %d tokens and %d texts per pass", budget, max_texts)
         planned = deque(plan(unread, budget, max_texts))
     return budget
 
 # %% ../../nbs/reference/train/schedules.ipynb #254eb9e5
 def _smaller(budget: int, lengths: list[int]) -> tuple[int, int]:
-    "Half the tokens and half the texts of a pass that did not fit; its longest text must still fit."
+    "Half the tokens and half the texts of a pass that did not fit, but no less than its longest text."
     return max(min(budget, sum(lengths)) // 2, max(lengths)), len(lengths) // 2
 
 # %% ../../nbs/reference/train/schedules.ipynb #3dafc2d2
@@ -257,7 +257,7 @@ def shortcut_of(
     strategy: Strategy,
     modules: Mapping[int, nn.Module],  # layer -> the module to read
 ) -> Shortcut | None:
-    "How the last module ends early, where the strategy makes use of it."
+    "The shortcut of the last module, where the strategy uses it."
     return find_shortcut(modules[max(modules)]) if strategy.shortcut else None
 
 # %% ../../nbs/reference/train/schedules.ipynb #76b308fb
@@ -266,12 +266,12 @@ def read_by_strategy(
     model: nn.Module,  # the whole model
     modules: Mapping[int, nn.Module],  # layer -> the module to read
     texts: Mapping[int, EncodedText],  # by number; of one rotary regime
-    budget: int,  # most tokens of a pass, to begin with
+    budget: int,  # most tokens of a pass, at the start
     on_pass: Callable[[list[int], dict[int, Tensor]], None],  # called after each pass
     max_texts: int | None = None,  # most texts of a pass
     max_row: int | None = None,  # most tokens of a packed row
-    counts: Mapping[int, list[int]] | None = None,  # places of each reading, by text; None: one reading
-) -> int:  # the budget it ended with
+    counts: Mapping[int, list[int]] | None = None,  # positions of each reading, by text; None: one reading
+) -> int:  # the budget at the end
     "Read `texts` by `strategy`."
     plainest = strategy.kind == "single"
     called = model if plainest else inner_model(model)
@@ -290,8 +290,8 @@ def read_by_strategy(
 # %% ../../nbs/reference/train/schedules.ipynb #514c3760
 def by_reading(
     planned: PlannedBatch,
-    counts: Mapping[int, list[int]],  # places of each reading, by text
+    counts: Mapping[int, list[int]],  # positions of each reading, by text
 ) -> PlannedBatch:
-    "The same pass, with an activation for each text and reading in turn."
+    "The same pass, with one activation for each reading of each text."
     per_reading = [count for number in planned.numbers for count in counts[number]]
     return planned._replace(make=lambda: planned.make()._replace(counts=per_reading))

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 __doc__ = """How do contrastive texts become a steering vector?
 
 `train_steering_vector` is the main job of the library in one call. It reads the activations of both
-texts of every pair, or of all texts of two sets, as extraction does; makes one direction of them at
-every layer, by an aggregator of aggregators; and wraps the directions in a `SteeringVector`.
+texts of every pair, or of all texts of two sets, as extraction does. An aggregator of aggregators
+makes one direction per layer of them. The directions become a `SteeringVector`.
 
-Two small things are added here. Activations are summed up while they are read where the aggregator
-allows it (`RunningState`), so that memory does not grow with the number of pairs. And the length of
-activations is noted (`NormMeter`), against which a vector's strength can be judged.
+This page adds two small things. `RunningState` sums activations up while they are read, where the
+aggregator allows it, so that memory does not grow with the number of pairs. `NormMeter` notes the
+norm of the activations, so that a vector's strength can be compared with it.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/training.html
 """
@@ -81,11 +81,11 @@ class RunningState:
 # %% ../../nbs/reference/train/training.ipynb #ab9fecc7
 @dataclass
 class NormMeter:
-    "A collector that notes the length of every activation and passes it on."
+    "A collector that notes the norm of every activation and passes the activation on."
 
     collector: Collector
     keep_on_cpu: bool = False  # pass activations on from the CPU
-    lengths: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> lengths
+    lengths: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> norms
     devices: dict[int, torch.device] = field(default_factory=dict)  # layer -> where its activations were
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)  # layer -> what they were in
 
@@ -113,9 +113,9 @@ def _check_finite(lengths: Tensor, layer: int, dtype: torch.dtype) -> None:
 
 # %% ../../nbs/reference/train/training.ipynb #8ef10542
 def median_norms(
-    lengths: Iterable[dict[int, list[Tensor]]],  # of each process: layer -> lengths
+    lengths: Iterable[dict[int, list[Tensor]]],  # of each process: layer -> norms
 ) -> dict[int, float]:
-    "The median length of the activations of each layer."
+    "The median norm of the activations of each layer."
     by_layer: dict[int, list[Tensor]] = {}
     for part in lengths:
         for layer, h in part.items():
@@ -127,7 +127,7 @@ class Found(NamedTuple):
     "What training finds for one reading."
 
     directions: dict[int, Tensor]  # layer -> (d,)
-    norms: dict[int, float]  # layer -> median length of the activations
+    norms: dict[int, float]  # layer -> median norm of the activations
 
 # %% ../../nbs/reference/train/training.ipynb #79683c2d
 def directions(
@@ -137,8 +137,8 @@ def directions(
     request: Request,  # what to read
     aggregator: Aggregator,
     move_to_cpu: bool = False,
-) -> tuple[dict[str, Found], SamplesRead]:  # by reading; what the samples were
-    """One direction for each layer and reading, and the median length of activations there.
+) -> tuple[dict[str, Found], SamplesRead]:  # by reading; and what the samples were
+    """One direction for each layer and reading, and the median norm of activations there.
 
     Raises ValueError where both sides read the same at every layer."""
     check_aggregator(aggregator)
@@ -165,7 +165,7 @@ def _norm_meter(aggregator: Aggregator, move_to_cpu: bool, team: Ranks) -> NormM
 
 # %% ../../nbs/reference/train/training.ipynb #0b64a51d
 def _exchanged(meter: NormMeter) -> tuple[Any, dict[int, list[Tensor]]]:
-    "What processes exchange: states or activations, and lengths."
+    "What processes exchange: states or activations, and norms."
     inner: Any = meter.collector
     return inner.states if isinstance(inner, RunningState) else inner.windows, meter.lengths
 
@@ -186,7 +186,7 @@ def _aggregated(parts: list[Any], aggregator: Aggregator, devices: Mapping[int, 
 
 # %% ../../nbs/reference/train/training.ipynb #1285b347
 def _not_all_zero(found: dict[int, Tensor], norms: Mapping[int, float], name: str) -> dict[int, Tensor]:
-    "Refuse directions none of which is more than rounding of the activations."
+    "Refuse directions that are all zero, up to rounding of the activations."
     if found and not any(float(v.float().norm()) > 1e-6 * norms[n] for n, v in found.items()):
         what = f"read={{{name!r}: ...}}: " if name else ""
         raise ValueError(
@@ -200,7 +200,7 @@ def provenance(
     model: nn.Module,
     reading: Reading,  # what was read of each text
     aggregator: Aggregator,
-    norms: dict[int, float],  # layer -> median length of activations
+    norms: dict[int, float],  # layer -> median norm of activations
     seen: SamplesRead,  # what the samples were
     width: int | None = None,  # of the directions; None: as the model's config has it
 ) -> Provenance:
@@ -265,9 +265,9 @@ def train_steering_vector(
     | Mapping[str, Reading]
     | None = None,  # average several tokens instead: Tokens.all, Tokens.generated, Tokens.prompt[-4:]; or several readings by name, a vector for each
     token_budget: int | None = None,  # most tokens in one pass; None chooses by model and device
-    truncation: Truncation | None = None,  # which end to cut from texts longer than the model's window; None refuses
+    truncation: Truncation | None = None,  # which end to cut from texts longer than the model's context; None: an error
     *,
-    distributed: Distributed = None,  # who shares the samples: None for all processes, False for this one alone, or a process group
+    distributed: Distributed = None,  # which processes share the samples: None for all, False for this one alone, or a process group
     add_generation_prompt: bool
     | None = None,  # open an answer after each conversation; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template: {"enable_thinking": False}

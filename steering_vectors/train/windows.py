@@ -23,21 +23,20 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/windows.ipynb #d0c57219
 __doc__ = """How does a window of samples become texts with positions to read?
 
-Samples are read a window at a time. `encode_rows` makes token ids of the rows of a window and finds
-the positions to read. Where several things are read by name, the positions of a text are put one
-after another, and `counts` holds how many belong to which; after a pass there is one activation for
-each text and name.
+Samples are read one window at a time. `encode_rows` turns the rows of a window into token ids and
+finds the positions to read. With several named readings, all positions of a text are in one list,
+and `counts` holds how many belong to each reading; after a pass there is one activation for each
+text and reading.
 
 Texts are numbered within their window: `2 * i` is the positive text of row `i`, and `2 * i + 1` the
-negative one. `SamplesRead` counts what the samples were over all windows, and its numbers go into
-the vector's provenance.
+negative one. `SamplesRead` counts the samples of all windows, for the vector's provenance.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/windows.html
 """
 
 # %% ../../nbs/reference/train/windows.ipynb #bf9aacb1
 class Encoded(NamedTuple):
-    "Texts by number, and how many of each one's places belong to which reading."
+    "Texts by number, and how many positions of each belong to each reading."
 
     texts: dict[int, EncodedText]
     counts: dict[int, list[int]]
@@ -71,7 +70,7 @@ def _tokenize_rows(
     max_length: int | None,
     start: int,
 ) -> tuple[list[int], list[Tokenized]]:
-    "The texts that are there, and their numbers."
+    "The texts of the rows, and their numbers."
     both_sides = [text for row in rows for text in (row.positive_str, row.negative_str)]
     own = [i for row in rows for i in (row.read_positive_token_index, row.read_negative_token_index)]
     _check_own_indices(own, request, start)
@@ -97,13 +96,13 @@ def text_name(
     paired: bool,
     start: int,  # number of the window's first row
 ) -> str:
-    "A text in words."
+    "The name of a text, for error messages."
     side, row = ("positive", "negative")[number % 2], start + number // 2
     return f"The {side} text of sample {row}" if paired else f"The {side} text {row}"
 
 # %% ../../nbs/reference/train/windows.ipynb #148e8451
 def _check_own_indices(own: Sequence[int | None], request: Request, start: int) -> None:
-    "Refuse a sample that says where it is read, where several readings have been asked for."
+    "Refuse a sample with its own position where there are several readings."
     where = next((n for n, index in enumerate(own) if index is not None), None)
     if where is not None and isinstance(request.read, Mapping):
         raise ValueError(
@@ -124,7 +123,7 @@ def check_vocabulary(
     plain: Any = unwrap(model)[0]
     try:
         known: int = plain.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):  # not a language model, or one that does not say
+    except (AttributeError, NotImplementedError):  # not a language model, or without input embeddings
         return
     for number, text in texts.items():
         if max(text.ids) >= known:
@@ -134,19 +133,19 @@ def check_vocabulary(
 
 # %% ../../nbs/reference/train/windows.ipynb #65a6b820
 class SamplesRead(NamedTuple):
-    "What the samples were."
+    "Counts of the samples that were read."
 
     positive: int = 0  # texts
     negative: int = 0
     paired: bool = True
-    own_indices: frozenset[int | None] = frozenset()  # positions that samples gave themselves; None: they gave none
+    own_indices: frozenset[int | None] = frozenset()  # positions set by samples; None: a sample without one
 
 # %% ../../nbs/reference/train/windows.ipynb #a39c0d2e
 def add_window(
     before: SamplesRead,
     window: Sequence[SteeringVectorTrainingSample],
 ) -> SamplesRead:
-    """What has been read when `window` is added.
+    """The counts with `window` added.
 
     Raises ValueError where there are no texts of one side."""
     positive = before.positive + sum(row.positive_str is not NO_TEXT for row in window)

@@ -32,26 +32,25 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/written.ipynb #d0c57219
 __doc__ = r"""Which vector moves what the model writes?
 
-A reader scores texts: how much of the concept does an answer show? A pool holds answers that the
-model gave by itself, and for each of them the gradient of its log-probability. Together they tell
-which shift makes answers with a high score more probable, $g = \overline{s\,G}$ with the scores $s$
-centred within each question: the policy gradient at zero. Divided by the curvature of the damage it
-is a vector that was learned from the model's own words.
+A reader scores how much of the concept an answer shows. A pool holds the model's unsteered answers,
+and for each of them the gradient $G$ of its log-probability. Together they give the shift that
+makes answers with a high score more probable: $g = \overline{s\,G}$, with the scores $s$ centred
+within each question. This is the policy gradient at zero. Divided by the curvature of the damage it
+is a vector learned from the model's own words.
 
-It is mixed in equal parts with the mean difference. The two see different things, and where it was
-measured the mixture moved texts further than either, and further by readers that had seen none of
-its statements.
+It is mixed in equal parts with the mean difference. On the measured model the mixture moved texts
+further than either part, also when scored by readers that were trained on other statements.
 
-The same two numbers give a prediction. `predicted_shift` tells how far a vector will move the
-scores of texts, without writing one; for vectors that were learned from the pool itself it is too
-high by a fifth or so.
+The same scores and gradients give a prediction. `predicted_shift` is how far a vector will move the
+scores of texts, without generating any; for vectors learned from the pool itself it is too high by
+about a fifth.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/written.html
 """
 
 # %% ../../nbs/reference/train/written.ipynb #9bc76e94
 def _direction_in(pool: Pool, vector: SteeringVector) -> Tensor:  # (size,) float64, on the CPU
-    "A vector as a shift where the pool was made. Raises ValueError where it acts elsewhere."
+    "A vector as a shift at the pool's layers. Raises ValueError where it acts at others."
     parts = {n: v for n, v in vector.layer_activations.items() if bool(v.any())}
     total = vector.provenance.num_layers
     named = {n + total if n < 0 and total is not None else n: v for n, v in parts.items()}
@@ -73,7 +72,7 @@ def predicted_shift(
     reader: Reader | Tensor,  # scores the answers of the pool; or their scores, (n,)
     multiplier: float = 1.0,
 ) -> float:  # in the reader's units
-    "How far a vector will move the mean score of what the model writes. Raises ValueError where it acts elsewhere."
+    "How far a vector will move the mean score of what the model writes. Raises ValueError where it acts at other layers than the pool's."
     pool.check_model(model)
     shift = _direction_in(pool, vector)
     scores = reader if isinstance(reader, Tensor) else reader.scores(model, tokenizer, pool.pairs)
@@ -87,7 +86,7 @@ class FromTexts(NamedTuple):
 
     shift: Tensor  # (size,)
     curvature: Curvature  # of everyday requests and open questions
-    answers: OwnAnswers  # of both kinds, by which the damage is measured
+    answers: OwnAnswers  # of both kinds, on which the damage is measured
     reader: Reader | Tensor
     pool: Pool
 
@@ -107,7 +106,7 @@ def equal_parts(
     shifts: Sequence[Tensor],  # (size,) each
     curvature: Curvature,
 ) -> Tensor:  # (size,)
-    "The sum of shifts, each at the same foretold damage."
+    "The sum of shifts, each at the same predicted damage."
     each = [shift.double() / curvature.damage(shift) ** 0.5 for shift in shifts]
     return torch.stack(each).sum(0)
 
