@@ -16,13 +16,8 @@ from unittest import mock
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
-IMPORTED = [
-    "torch",
-    "transformers",
-    "transformers.models.llama",
-    "ipykernel.ipkernel",
-    "ipywidgets",
-]  # matplotlib chooses its backend when it is imported
+# Not matplotlib, which chooses its backend when it is imported.
+IMPORTED = ["torch", "transformers", "transformers.models.llama", "ipykernel.ipkernel", "ipywidgets"]
 
 
 def serve(connection: str, env: dict[str, str], folder: str) -> None:

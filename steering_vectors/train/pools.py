@@ -147,6 +147,13 @@ class Pool:
                 f"This pool holds answers of {self.model}, and the model is {here}. Make one with `sample_pool`, or read the pool "
                 "of this model. If they are one model under two names: dataclasses.replace(pool, model='')."
             )
+        have = dict(model.named_modules())
+        missing = [name for name in self.modules.values() if name not in have]
+        if missing:
+            raise ValueError(
+                f"This pool was made at {missing[0]}, and this {type(model).__name__} has no module of that name: it is another "
+                "model. Make one with `sample_pool`."
+            )
 
     def check(self, place: ShiftPlace) -> None:
         "Raise ValueError where the pool was made for another place."
