@@ -205,7 +205,7 @@ def test_parts_of_a_block(tmp_path):
     assert read("model.layers.3.mlp", convention="block_output").layer_type == "mlp"
     assert read("h.3.attn", convention="block_output").layer_type == "self_attn"
     assert read("layer_3", convention="block_output", layer_type="self_attn").layer_type == "self_attn"
-    with pytest.raises(ValueError, match="is about whole blocks, and these directions belong to `mlp`"):
+    with pytest.raises(ValueError, match="is for whole blocks, and these directions belong to `mlp`"):
         read("model.layers.3.mlp", convention="block_input")
     with pytest.raises(ValueError, match="tells layer_type='mlp', and 'self_attn' was passed"):
         read("model.layers.3.mlp", convention="block_output", layer_type="self_attn")
@@ -218,7 +218,7 @@ def test_parts_of_a_block(tmp_path):
     with pytest.raises(ValueError, match="Unknown convention 'resid_pre'"):
         read("layer_3", convention="resid_pre")
     mixed = write(tmp_path / "m.pt", {"layers.1.mlp": BLOCKS[0], "layers.2.self_attn": BLOCKS[1]})
-    with pytest.raises(ValueError, match="belong to different places"):
+    with pytest.raises(ValueError, match="belong to different parts of the block"):
         directions(mixed, convention="block_output")
     assert directions(mixed, convention="block_output", name="self_attn").keys() == {2}
 
@@ -383,7 +383,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c
 @pytest.mark.parametrize("data, words", [
     (LFS, "Run `git lfs pull`"), (b"<!DOCTYPE html>\n<html>", "it is a web page"), (b"\n <html lang=en>", "it is a web page"),
     (b"PK\3\4 cut off", "not known"), (b"", "empty, damaged"), (b"joy,1.0\n", "not known"), (b"\x89PNG\r\n", "not known"),
-    (b"\x80\x04N.", "it is a pickle"), (b"\x93NUMPY\1\0", "no numpy file"), (b'{"a": ', "its JSON cannot be read"),
+    (b"\x80\x04N.", "it is a pickle"), (b"\x93NUMPY\1\0", "not a numpy file"), (b'{"a": ', "its JSON cannot be read"),
     (b'{"a": NaN}', "NaN is not a number of JSON"), (b'{"3": [1, 2]}\n{"3": [1]}\n', "one per line"),
     (b'{"a": 1, "a": 2}', "two fields have the same name"), (b'{"3": ["x"]}', "no tensor of floating-point numbers"),
     (struct.pack("<Q", 9) + b"{" * 9, "damaged, or not a safetensors file"), (b"[" * 100_000, "its JSON cannot be read"),
@@ -455,7 +455,7 @@ def test_a_vector_read_is_a_vector(tmp_path, monkeypatch):
     "layers, error", [("all", TypeError), ([1, 1], TypeError), ([], TypeError), (True, TypeError), ([1.0], TypeError)]
 )
 def test_layers_are_numbers(tmp_path, layers, error):
-    with pytest.raises(error, match="layers must be one number of a layer, or several different ones"):
+    with pytest.raises(error, match="layers must be one layer number, or several different ones"):
         directions(write(tmp_path / "v.pt", STATES), layers, "block_output")
 
 
@@ -671,7 +671,7 @@ def test_lists(tmp_path):
     (tmp_path / "v.json").write_text(json.dumps([entry]))
     assert list(directions(tmp_path / "v.json")) == [17]
     (tmp_path / "v.json").write_text(json.dumps([entry, entry]))
-    with pytest.raises(ValueError, match="a list of 2 things. Put the one that is wanted"):
+    with pytest.raises(ValueError, match="a list of 2 things. Put the one you want"):
         directions(tmp_path / "v.json")
 
 
