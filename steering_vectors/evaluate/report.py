@@ -151,7 +151,9 @@ def _foretold(model: Any, tokenizer: Any, steering: Steering, pool: Pool, reader
     vector = steering.vector
     plain = steering.operator == addition_operator() and steering.when is None and steering.schedule is None
     if not plain or not isinstance(vector, SteeringVector) or not isinstance(steering.strength, float):
-        raise ValueError("A pool predicts the effect of one vector that is added with one multiplier. Leave the pool out.")
+        raise ValueError(
+            "A pool predicts the effect of one vector that is added with one multiplier. Leave the pool out."
+        )
     return predicted_shift(model, tokenizer, vector, pool, reader, steering.strength)
 
 # %% ../../nbs/reference/evaluate/report.ipynb #e8a4517f

@@ -139,8 +139,7 @@ def tune(
     | Sequence[Aggregator]
     | Mapping[str, Aggregator]
     | None = None,  # methods to try; None: the mean
-    vectors: Mapping[str, SteeringVector]
-    | None = None,  # other candidates by name, such as learned vectors
+    vectors: Mapping[str, SteeringVector] | None = None,  # other candidates by name, such as learned vectors
     test: float = 0.5,  # the share of contrasts that judges
     seed: int = 0,  # of the division, the answers and the random direction
     prompts: Sequence[Prompt] | OwnAnswers | None = None,  # whose answers show the damage; None: 8 everyday requests
@@ -155,7 +154,8 @@ def tune(
     batch_size: int | None = None,  # most texts in one pass; None lets the token budget decide
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     template: Template | None = None,  # arguments of the chat template
-    progress: Callable[[int, int], None] | None = None,  # called with the numbers of candidates done and candidates wanted
+    progress: Callable[[int, int], None]
+    | None = None,  # called with the numbers of candidates done and candidates wanted
 ) -> Tuning:
     """Choose layer and method by one half of the contrasts, and judge them by the other.
 

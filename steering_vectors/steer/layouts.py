@@ -41,7 +41,9 @@ class Layout:
     batch: int  # rows, b
     length: int  # columns of this pass, s
     prompt_columns: int | None = None  # columns of the prompt, padding included: where generated columns begin
-    prompt_lengths: Tensor | None = None  # (b,) tokens of each row's prompt; None: all of `prompt_columns` except padding
+    prompt_lengths: Tensor | None = (
+        None  # (b,) tokens of each row's prompt; None: all of `prompt_columns` except padding
+    )
     is_token: Tensor | None = None  # (b, columns) False at padding; later columns are tokens; None: no padding
     ids: Tensor | None = None  # (b, s) token ids of this pass
     before: Tensor | None = None  # (b, start) token ids of the columns before this pass

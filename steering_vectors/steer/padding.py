@@ -116,7 +116,9 @@ def _read_padding(call: Call, sources: Sequence[CallArguments], prefix: int) -> 
         call.padding_known, call.is_token = True, padding.is_token
     elif facts is None:
         call.padding_known = False
-        call.mask_unreadable = sources[-1].get("attention_mask") is not None  # the caller's; other masks are made from it
+        call.mask_unreadable = (
+            sources[-1].get("attention_mask") is not None
+        )  # the caller's; other masks are made from it
 
 # %% ../../nbs/reference/steer/padding.ipynb #162b6c72
 def _put_in_front(call: Call, front: int) -> None:
