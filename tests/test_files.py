@@ -358,8 +358,8 @@ def test_two_sets_are_counted_apart(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(later={"note": 1}), "'note' it knows"), (dict(later={"format_version": 2}), "'format_version' it knows"),
-    (dict(texts={"sha256": "0"}), "'sha256' it knows"), (dict(later={"texts": 1}), "'texts' it knows"),
+    (dict(later={"note": 1}), "it knows 'note'"), (dict(later={"format_version": 2}), "it knows 'format_version'"),
+    (dict(texts={"sha256": "0"}), "it knows 'sha256'"), (dict(later={"texts": 1}), "it knows 'texts'"),
 ])  # fmt: skip
 def test_known_names_are_not_smuggled_in(wrong, words):
     with pytest.raises(ValueError, match=words):

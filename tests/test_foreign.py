@@ -186,7 +186,7 @@ def test_a_hook_tells_the_convention(tmp_path, name, layer, convention):
     path = write(tmp_path / "v.safetensors", {name: BLOCKS[0]})
     assert directions(path).keys() == {layer} == directions(path, convention=convention).keys()
     other = {"block_output": "block_input", "block_input": "hidden_states"}[convention]
-    with pytest.raises(ValueError, match=f"tells convention='{convention}', and '{other}' was passed"):
+    with pytest.raises(ValueError, match=f"has convention='{convention}', and '{other}' was passed"):
         directions(path, convention=other)
 
 
@@ -207,7 +207,7 @@ def test_parts_of_a_block(tmp_path):
     assert read("layer_3", convention="block_output", layer_type="self_attn").layer_type == "self_attn"
     with pytest.raises(ValueError, match="is for whole blocks, and these directions belong to `mlp`"):
         read("model.layers.3.mlp", convention="block_input")
-    with pytest.raises(ValueError, match="tells layer_type='mlp', and 'self_attn' was passed"):
+    with pytest.raises(ValueError, match="has layer_type='mlp', and 'self_attn' was passed"):
         read("model.layers.3.mlp", convention="block_output", layer_type="self_attn")
     for unclear in ("model.layers.3.mlp.down_proj.vector", "blocks.3.hook_mlp_out"):
         with pytest.raises(ValueError, match="Pass layer_type="):
@@ -280,7 +280,7 @@ def test_the_harness_file_comes_back(tmp_path):
         back = SteeringVector.from_file(tmp_path / "v.pt")
         assert back == 3 * v and set(back.provenance.extra.values()) == {3.0}
         assert SteeringVector.from_file(tmp_path / "v.pt", 2, "block_output", layer_type) == 3 * v[2]
-        with pytest.raises(ValueError, match="tells convention='block_output'"):
+        with pytest.raises(ValueError, match="has convention='block_output'"):
             SteeringVector.from_file(tmp_path / "v.pt", convention="block_input")
 
 
@@ -419,7 +419,7 @@ def test_our_own_files_are_read_too(tmp_path):
     v.save(tmp_path / "v.pt")  # by content, whatever the name
     back = SteeringVector.from_file(tmp_path / "v.pt")
     assert back == v and back.provenance == v.provenance and SteeringVector.from_file(tmp_path / "v.pt", 3) == v[3]
-    with pytest.raises(ValueError, match="tells layer_type='mlp'"):
+    with pytest.raises(ValueError, match="has layer_type='mlp'"):
         SteeringVector.from_file(tmp_path / "v.pt", layer_type="self_attn")
     data = bytearray((tmp_path / "v.pt").read_bytes())
     data[-1] ^= 1
@@ -431,7 +431,7 @@ def test_our_own_files_are_read_too(tmp_path):
     whole.to_gguf(tmp_path / "v.safetensors")
     back = SteeringVector.from_file(tmp_path / "v.safetensors", [3])
     assert back == whole[3] and back.provenance == whole.provenance
-    with pytest.raises(ValueError, match="tells convention='block_output', and 'block_input' was passed"):
+    with pytest.raises(ValueError, match="has convention='block_output', and 'block_input' was passed"):
         SteeringVector.from_file(tmp_path / "v.safetensors", convention="block_input")
     with pytest.raises(ValueError, match="no layer 2. As it counts, it has 1"):
         SteeringVector.from_file(tmp_path / "v.safetensors", 2)

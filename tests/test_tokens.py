@@ -303,7 +303,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Tokens.all - torch.tensor([0.0, 1.0]), TypeError, "token ids"),
     (lambda: Tokens.all - np.array(["a"]), TypeError, "token ids"),
     (lambda: Tokens.all - [-1], ValueError, "-1 is not one"),
-    (lambda: Tokens.all - 2**63, ValueError, "is none"),
+    (lambda: Tokens.all - 2**63, ValueError, "is not one"),
     (lambda: Tokens.all - torch.tensor([0, 1, 1, 0]), ValueError, "mask.bool"),
     (lambda: Tokens.all - [0, 0, 1], ValueError, "mask.bool"),
     (lambda: Tokens.prompt | 3, TypeError, "list of column numbers"),
