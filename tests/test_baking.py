@@ -201,7 +201,7 @@ def test_wrong_vectors_and_models_are_refused():
         bake(tiny_model("llama"), SteeringVector({7: direction(32)}))
     with pytest.raises(ValueError, match="16"):
         bake(tiny_model("llama"), SteeringVector({1: direction(16)}))
-    with pytest.raises(TypeError, match="no transformers model"):
+    with pytest.raises(TypeError, match="not a transformers model"):
         bake(nn.Linear(2, 2), SteeringVector({1: direction(32)}))
 
 

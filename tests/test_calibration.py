@@ -169,7 +169,7 @@ def test_what_cannot_be_calibrated_is_refused(tiny: Any) -> None:
     for wrong, words in [
         (0 * v, "zero at every layer"),
         (v.steering(multiplier=0), "multiplier 0"),
-        (v.steering(operator=ablation_operator()), "its dial is the fraction"),
+        (v.steering(operator=ablation_operator()), "set the fraction"),
         (SteeringVector({1: torch.ones(16)}), "width 16"),
         (replace(v, provenance=Provenance(num_layers=30)), "another model"),
         (replace(v, provenance=Provenance(hidden_size=64)), "another model"),

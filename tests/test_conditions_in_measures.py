@@ -221,7 +221,7 @@ def test_a_gate_above_the_steered_layer_is_refused(model: Any, tok: Any) -> None
     gate = gate_of(model, tok)
     scorer = TextScorer(model, [([5, 6], [7, 8])])
     scorer.scores([vector().steering(when=gate)])
-    with pytest.raises(ValueError, match="must not stand above"):  # also where the gate has decided already
+    with pytest.raises(ValueError, match="must not be above"):  # also where the gate has decided already
         scorer.scores([SteeringVector({0: random(1)}).steering(when=gate)])
 
 

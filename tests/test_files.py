@@ -108,8 +108,8 @@ def test_a_story_of_wrong_kinds_is_refused_when_written(story, error):
     ({}, {}, "it has no layers"),
     ({-1: torch.ones(8)}, {}, "layer -1 counts from the end"),
     ({0: torch.ones(8), -1: torch.ones(8)}, {}, "layer -1 counts from the end"),
-    ({True: torch.ones(8)}, {}, "True is not the number of a layer"),
-    ({"0": torch.ones(8)}, {}, "'0' is not the number of a layer"),
+    ({True: torch.ones(8)}, {}, "True is not a layer number"),
+    ({"0": torch.ones(8)}, {}, "'0' is not a layer number"),
     ({6: torch.ones(8)}, {"num_layers": 6}, "comes from a model of 6 layers"),
     ({0: torch.ones(8)}, {"hidden_size": 9}, "layer 0 is 8 wide, but the model is 9 wide"),
     ({0: torch.ones(8), 1: torch.ones(7)}, {}, "layer 1 is 7 wide, but another layer is 8 wide"),
@@ -358,8 +358,8 @@ def test_two_sets_are_counted_apart(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(later={"note": 1}), "'note' it knows"), (dict(later={"format_version": 2}), "'format_version' it knows"),
-    (dict(texts={"sha256": "0"}), "'sha256' it knows"), (dict(later={"texts": 1}), "'texts' it knows"),
+    (dict(later={"note": 1}), "it knows 'note'"), (dict(later={"format_version": 2}), "it knows 'format_version'"),
+    (dict(texts={"sha256": "0"}), "it knows 'sha256'"), (dict(later={"texts": 1}), "it knows 'texts'"),
 ])  # fmt: skip
 def test_known_names_are_not_smuggled_in(wrong, words):
     with pytest.raises(ValueError, match=words):

@@ -186,7 +186,7 @@ def test_a_hook_tells_the_convention(tmp_path, name, layer, convention):
     path = write(tmp_path / "v.safetensors", {name: BLOCKS[0]})
     assert directions(path).keys() == {layer} == directions(path, convention=convention).keys()
     other = {"block_output": "block_input", "block_input": "hidden_states"}[convention]
-    with pytest.raises(ValueError, match=f"tells convention='{convention}', and '{other}' was passed"):
+    with pytest.raises(ValueError, match=f"has convention='{convention}', and '{other}' was passed"):
         directions(path, convention=other)
 
 
@@ -205,9 +205,9 @@ def test_parts_of_a_block(tmp_path):
     assert read("model.layers.3.mlp", convention="block_output").layer_type == "mlp"
     assert read("h.3.attn", convention="block_output").layer_type == "self_attn"
     assert read("layer_3", convention="block_output", layer_type="self_attn").layer_type == "self_attn"
-    with pytest.raises(ValueError, match="is about whole blocks, and these directions belong to `mlp`"):
+    with pytest.raises(ValueError, match="is for whole blocks, and these directions belong to `mlp`"):
         read("model.layers.3.mlp", convention="block_input")
-    with pytest.raises(ValueError, match="tells layer_type='mlp', and 'self_attn' was passed"):
+    with pytest.raises(ValueError, match="has layer_type='mlp', and 'self_attn' was passed"):
         read("model.layers.3.mlp", convention="block_output", layer_type="self_attn")
     for unclear in ("model.layers.3.mlp.down_proj.vector", "blocks.3.hook_mlp_out"):
         with pytest.raises(ValueError, match="Pass layer_type="):
@@ -218,7 +218,7 @@ def test_parts_of_a_block(tmp_path):
     with pytest.raises(ValueError, match="Unknown convention 'resid_pre'"):
         read("layer_3", convention="resid_pre")
     mixed = write(tmp_path / "m.pt", {"layers.1.mlp": BLOCKS[0], "layers.2.self_attn": BLOCKS[1]})
-    with pytest.raises(ValueError, match="belong to different places"):
+    with pytest.raises(ValueError, match="belong to different parts of the block"):
         directions(mixed, convention="block_output")
     assert directions(mixed, convention="block_output", name="self_attn").keys() == {2}
 
@@ -280,7 +280,7 @@ def test_the_harness_file_comes_back(tmp_path):
         back = SteeringVector.from_file(tmp_path / "v.pt")
         assert back == 3 * v and set(back.provenance.extra.values()) == {3.0}
         assert SteeringVector.from_file(tmp_path / "v.pt", 2, "block_output", layer_type) == 3 * v[2]
-        with pytest.raises(ValueError, match="tells convention='block_output'"):
+        with pytest.raises(ValueError, match="has convention='block_output'"):
             SteeringVector.from_file(tmp_path / "v.pt", convention="block_input")
 
 
@@ -383,7 +383,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c
 @pytest.mark.parametrize("data, words", [
     (LFS, "Run `git lfs pull`"), (b"<!DOCTYPE html>\n<html>", "it is a web page"), (b"\n <html lang=en>", "it is a web page"),
     (b"PK\3\4 cut off", "not known"), (b"", "empty, damaged"), (b"joy,1.0\n", "not known"), (b"\x89PNG\r\n", "not known"),
-    (b"\x80\x04N.", "it is a pickle"), (b"\x93NUMPY\1\0", "no numpy file"), (b'{"a": ', "its JSON cannot be read"),
+    (b"\x80\x04N.", "it is a pickle"), (b"\x93NUMPY\1\0", "not a numpy file"), (b'{"a": ', "its JSON cannot be read"),
     (b'{"a": NaN}', "NaN is not a number of JSON"), (b'{"3": [1, 2]}\n{"3": [1]}\n', "one per line"),
     (b'{"a": 1, "a": 2}', "two fields have the same name"), (b'{"3": ["x"]}', "no tensor of floating-point numbers"),
     (struct.pack("<Q", 9) + b"{" * 9, "damaged, or not a safetensors file"), (b"[" * 100_000, "its JSON cannot be read"),
@@ -419,7 +419,7 @@ def test_our_own_files_are_read_too(tmp_path):
     v.save(tmp_path / "v.pt")  # by content, whatever the name
     back = SteeringVector.from_file(tmp_path / "v.pt")
     assert back == v and back.provenance == v.provenance and SteeringVector.from_file(tmp_path / "v.pt", 3) == v[3]
-    with pytest.raises(ValueError, match="tells layer_type='mlp'"):
+    with pytest.raises(ValueError, match="has layer_type='mlp'"):
         SteeringVector.from_file(tmp_path / "v.pt", layer_type="self_attn")
     data = bytearray((tmp_path / "v.pt").read_bytes())
     data[-1] ^= 1
@@ -431,7 +431,7 @@ def test_our_own_files_are_read_too(tmp_path):
     whole.to_gguf(tmp_path / "v.safetensors")
     back = SteeringVector.from_file(tmp_path / "v.safetensors", [3])
     assert back == whole[3] and back.provenance == whole.provenance
-    with pytest.raises(ValueError, match="tells convention='block_output', and 'block_input' was passed"):
+    with pytest.raises(ValueError, match="has convention='block_output', and 'block_input' was passed"):
         SteeringVector.from_file(tmp_path / "v.safetensors", convention="block_input")
     with pytest.raises(ValueError, match="no layer 2. As it counts, it has 1"):
         SteeringVector.from_file(tmp_path / "v.safetensors", 2)
@@ -455,7 +455,7 @@ def test_a_vector_read_is_a_vector(tmp_path, monkeypatch):
     "layers, error", [("all", TypeError), ([1, 1], TypeError), ([], TypeError), (True, TypeError), ([1.0], TypeError)]
 )
 def test_layers_are_numbers(tmp_path, layers, error):
-    with pytest.raises(error, match="layers must be one number of a layer, or several different ones"):
+    with pytest.raises(error, match="layers must be one layer number, or several different ones"):
         directions(write(tmp_path / "v.pt", STATES), layers, "block_output")
 
 
@@ -671,7 +671,7 @@ def test_lists(tmp_path):
     (tmp_path / "v.json").write_text(json.dumps([entry]))
     assert list(directions(tmp_path / "v.json")) == [17]
     (tmp_path / "v.json").write_text(json.dumps([entry, entry]))
-    with pytest.raises(ValueError, match="a list of 2 things. Put the one that is wanted"):
+    with pytest.raises(ValueError, match="a list of 2 things. Put the one you want"):
         directions(tmp_path / "v.json")
 
 

@@ -410,7 +410,7 @@ def test_bad_input(model: Any) -> None:
     gate, v = gate_of(model), vector_of(model)
     with pytest.raises(TypeError, match="takes a gate"):
         v.apply(model, when=lambda prompt: True)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must not stand above"):
+    with pytest.raises(ValueError, match="must not be above"):
         v.apply(model, when=Gate(gate.direction, 2))
     with pytest.raises(ValueError, match="Layer 7|layer 7"):
         v.apply(model, when=Gate(gate.direction, 7))

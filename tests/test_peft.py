@@ -239,7 +239,7 @@ def test_a_disabled_adapter_puts_nothing_in_front(kind: str) -> None:
 def test_another_prompt_behind_an_adapter_is_refused(kind: str) -> None:
     model = tuned(kind)
     for other in (X[:, :5] + 1, torch.arange(20)[None], torch.arange(11)[None]):
-        with pytest.raises(ValueError, match="embeddings a row, 4 of them from the adapter"):
+        with pytest.raises(ValueError, match="embeddings per row, 4 of them from the adapter"):
             ones_of(model, writing(model), tokens=Tokens.response, prompt=other)
     with pytest.raises(ValueError, match=r"7 columns and the model was given 11 \(4 of them from the adapter\)"):
         ones_of(model, writing(model), token_indices=torch.tensor([1, 0, 0, 0, 0, 0, 1]))

@@ -158,7 +158,7 @@ def test_units_that_differ_are_all_written():
 @pytest.mark.parametrize("name", ["all", "12", True, 1.0, None])
 def test_effects_are_drawn_by_layers_numbers(name):
     e = Effect("gap", "nats", (0.0, 1.0), torch.ones(2, 2))
-    with pytest.raises(TypeError, match="no layer's number"):
+    with pytest.raises(TypeError, match="not a layer number"):
         p.plot_layers({name: e, 3: e})
 
 

@@ -443,7 +443,7 @@ def test_embeddings_without_the_prompt_are_refused(three: Any, columns: int) -> 
     from test_unusual_passes import steered
 
     other = torch.randn(1, columns, 32, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=f"given {columns} embeddings a row, and no ids; prompt= has 7 columns"):
+    with pytest.raises(ValueError, match=f"given {columns} embeddings per row, and no ids; prompt= has 7 columns"):
         steered(three, lambda: three(inputs_embeds=other), tokens=Tokens.response, prompt=X)
     assert steered(three, lambda: three(inputs_embeds=other), min_token_index=columns - 1) == [
         [0] * (columns - 1) + [1]
@@ -511,7 +511,7 @@ def git() -> Any:
 def test_a_model_that_puts_an_image_among_the_tokens(say: dict[str, Any]) -> None:
     model, image = git(), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with pytest.raises(
-        ValueError, match="was given 7 a row, and its blocks compute 12 columns, because it puts 5 of its own"
+        ValueError, match="was given 7 per row, and its blocks compute 12 columns, because it puts 5 of its own"
     ):
         looked_at(model, X, say, pixel_values=image)
     assert looked_at(model, X, {"multiplier": [2.0]}, pixel_values=image) == [[1] * 12]

@@ -302,8 +302,8 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Tokens.all - {3: "x"}, TypeError, "token ids"),
     (lambda: Tokens.all - torch.tensor([0.0, 1.0]), TypeError, "token ids"),
     (lambda: Tokens.all - np.array(["a"]), TypeError, "token ids"),
-    (lambda: Tokens.all - [-1], ValueError, "-1 is none"),
-    (lambda: Tokens.all - 2**63, ValueError, "is none"),
+    (lambda: Tokens.all - [-1], ValueError, "-1 is not one"),
+    (lambda: Tokens.all - 2**63, ValueError, "is not one"),
     (lambda: Tokens.all - torch.tensor([0, 1, 1, 0]), ValueError, "mask.bool"),
     (lambda: Tokens.all - [0, 0, 1], ValueError, "mask.bool"),
     (lambda: Tokens.prompt | 3, TypeError, "list of column numbers"),
@@ -338,8 +338,8 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: as_selection(tokens=""), TypeError, "names no tokens"),
     (lambda: as_selection(tokens={3: 4}), TypeError, "names no tokens"),
     (lambda: as_selection(token_indices=[3, True]), TypeError, "names no tokens"),
-    (lambda: as_selection(min_token_index=np.True_), TypeError, "number of a column"),
-    (lambda: as_selection(min_token_index=torch.tensor(True)), TypeError, "number of a column"),
+    (lambda: as_selection(min_token_index=np.True_), TypeError, "must be a column number"),
+    (lambda: as_selection(min_token_index=torch.tensor(True)), TypeError, "must be a column number"),
 ]
 
 

@@ -126,7 +126,7 @@ def test_items_that_were_trained_on_and_items_given_twice() -> None:
     with pytest.warns(UserWarning, match="8 of the 40 contrasts hold texts that were trained on"):
         found = tuned(contrasts=[*CONTRASTS, *own])
     assert "memory" in repr(found)
-    with pytest.warns(UserWarning, match="stand there twice"):
+    with pytest.warns(UserWarning, match="occur twice"):
         assert tuned(contrasts=[*CONTRASTS, *CONTRASTS[:4]]).num_choosers == 16
     assert repeated(CONTRASTS, PAIRS) == 0
 

@@ -18,13 +18,13 @@ from .sliders import _are_words, _label, _labels, _position_of, _values
 # %% ../../nbs/reference/display/pages.ipynb #d0c57219
 __doc__ = """How does a control work on a saved page, without a kernel?
 
-A published page has no Python behind it. What it has is the widgets' own JavaScript, which builds
-widgets from a description of their state. So the page carries that description: one picker per
-axis, and for each choice a box holding the result, boxes stacked in boxes, only one of which shows.
-A link from a picker's `index` to a stack's `selected_index` is the whole mechanism, and the browser
-follows links by itself.
+A published page runs no Python. But it loads the widgets' own JavaScript, which builds widgets from
+a description of their state. So the page contains this description: one picker per axis, and for
+each choice a box with the result. Boxes are stacked inside boxes, and each stack shows only one. A
+link connects a picker's `index` to a stack's `selected_index`, and the browser follows such links
+without Python.
 
-`_page` writes it: from the labels of the axes and the markup of every result to one piece of HTML.
+`_page` turns the labels of the axes and the markup of every result into one piece of HTML.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/display/pages.html
 """
@@ -36,7 +36,7 @@ class _Models:
     def __init__(self, prefix: str) -> None:
         self.prefix, self.state = prefix, dict[str, Any]()
 
-    def add(self, name: str, **state: Any) -> str:  # how other models refer to this one
+    def add(self, name: str, **state: Any) -> str:  # the reference for other models
         number = f"{self.prefix}{len(self.state):06x}"
         self.state[number] = {
             "model_name": name,
@@ -66,7 +66,7 @@ def _nest(
 
 # %% ../../nbs/reference/display/pages.ipynb #7ccaf869
 class PageAxis(NamedTuple):
-    "An axis that moves."
+    "An axis with a picker."
 
     labels: list[str]  # of its values
     are_words: bool  # buttons rather than a slider
@@ -92,7 +92,7 @@ def _moving(
 
 # %% ../../nbs/reference/display/pages.ipynb #76602b31
 def _caption(axes: Mapping[str, Any], moving: Mapping[str, PageAxis]) -> str:
-    "A sentence on the grid."
+    "A sentence about the grid."
     parts = []
     for name, axis in moving.items():
         labels = [_quoted(label) if axis.are_words else label for label in axis.labels]

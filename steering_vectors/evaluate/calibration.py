@@ -37,19 +37,19 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/evaluate/calibration.ipynb #d0c57219
 __doc__ = """Which multiplier gives a vector a known strength?
 
-"Multiplier 2" is gentle for one vector and breaks the text for another. `divergence` measures what
-a multiplier costs: how far, in nats per token, steering moves the model away from what it says by
-itself to everyday requests. `calibrate` turns that round. It scales a vector so that multiplier 1
-costs what you ask for.
+Multiplier 2 has little effect for one vector and breaks the text for another. `divergence` measures
+the damage of a multiplier: how far, in nats per token, steering moves the model's probabilities at
+its own unsteered answers to everyday requests. `calibrate` does the reverse: it scales a vector so
+that multiplier 1 does the damage you ask for.
 
-The budgets that read well in practice: 0.03 nats per token is *gentle* (the text reads as if
-untouched), 0.1 is *normal* (fluent, and leaning), 0.3 is *strong* (fluent, with odd turns), and
-from 1 on text *breaks*. Damage grows with the square of the multiplier, so half the multiplier
-costs a quarter, and one factor of about 1.8 lies between neighbours. These names were found with
-one small model; your own text is the last judge.
+These budgets are useful in practice: 0.03 nats per token is *gentle* (the text reads like unsteered
+text), 0.1 is *normal* (fluent, with a visible effect), 0.3 is *strong* (fluent, with some odd
+sentences), and from 1 on text *breaks*. Damage grows with the square of the multiplier, so half the
+multiplier does a quarter of the damage, and neighbouring budgets differ by a factor of about 1.8 in
+the multiplier. These names were found with one small model, so read your own texts.
 
-Damage is a price and not an effect. A vector may cost 0.1 and do nothing; `completion_gap` and the
-texts say what it does.
+Damage is not an effect. A vector may do a damage of 0.1 and have no effect; `completion_gap` and
+the texts show the effect.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/calibration.html
 """
@@ -57,7 +57,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/calibration.ht
 # %% ../../nbs/reference/evaluate/calibration.ipynb #17ee5c64
 @dataclass(frozen=True, eq=False)
 class Damage(Effect):
-    "Damage by prompt and multiplier: `damage[2]` is the average at 2, and `damage.p95` what 19 of 20 tokens stay below."
+    "Damage by prompt and multiplier: `damage[2]` is the average at 2; 95 % of tokens are below `damage.p95`."
 
     tokens: Tensor | None = None  # (t, m) the damage at each token of the answers
 
@@ -83,7 +83,7 @@ def _scorer_of(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Any, seed: int, batch_size: int | None,
     chat: bool | None, template: Template | None,
 ) -> DamageScorer:  # fmt: skip
-    "What measures damage, on answers that are checked."
+    "The scorer of damage, with checked answers."
     if isinstance(prompts, DamageScorer):
         if prompts.scorer.model is not model:
             raise ValueError(
@@ -109,7 +109,7 @@ def divergence(
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     template: Template | None = None,  # arguments of the chat template
 ) -> Damage:  # nats per token, by prompt and multiplier
-    "How far steering moves the model away from what it says by itself."
+    "How far steering moves the model's probabilities at its own answers."
     numbers, here = as_multipliers(multipliers), in_model(model, steering)
     scorer = _scorer_of(model, tokenizer, prompts, seed, batch_size, chat, template)
     with undisturbed(model):
@@ -120,7 +120,7 @@ def divergence(
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #d8299a5e
 def _activation_norms(model: "PreTrainedModel", subject: Subject, answers: OwnAnswers) -> dict[int, float]:
-    "The median length of what is steered, by layer: from the vector's story, or from a few of the answers."
+    "The median norm of the steered activations, by layer: from the vector's provenance, or from a few of the answers."
     ((how, vector),) = subject.parts
     known = {n: x for n, x in (vector.provenance.activation_norms or {}).items() if x}
     layers = list(vector.layer_activations)
@@ -133,7 +133,7 @@ def _activation_norms(model: "PreTrainedModel", subject: Subject, answers: OwnAn
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #b45262be
 def _length(model: "PreTrainedModel", subject: Subject, answers: OwnAnswers) -> float:
-    "How long the vector is beside the activations, summed over its layers."
+    "The norm of the vector relative to the activations, summed over its layers."
     norms = _activation_norms(model, subject, answers)
     ((_, vector),) = subject.parts
     lengths = {n: float(a.detach().double().norm()) for n, a in vector.layer_activations.items()}
@@ -141,14 +141,14 @@ def _length(model: "PreTrainedModel", subject: Subject, answers: OwnAnswers) -> 
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #4b673c15
 def _one_subject(model: "PreTrainedModel", steering: Any) -> Subject:
-    "The one thing that is calibrated, checked."
+    "The steering to calibrate, checked."
     if not isinstance(steering, (SteeringVector, Steering)):
         raise TypeError(f"calibrate takes one SteeringVector or one Steering, not a {type(steering).__name__}.")
     subject = in_model(model, steering)
     ((how, vector),) = subject.parts
     if type(how.operator) is type(ablation_operator()):
         raise ValueError(
-            "Ablation removes a direction whatever the multiplier is, so no multiplier gives it a strength: its dial is the "
+            "Ablation removes a direction at every multiplier, so no multiplier gives it a strength: set the "
             "fraction, as in ablation_operator(0.5)."
         )
     _check_whose(model, vector.provenance)
@@ -190,8 +190,8 @@ def calibrate(
     batch_size: int | None = None,  # most answers in one pass; None lets the token budget decide
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     template: Template | None = None,  # arguments of the chat template
-) -> Calibratable:  # of the same type, scaled so that multiplier 1 costs `kl`
-    "Give a vector's multiplier a unit: 1 costs `kl` nats per token."
+) -> Calibratable:  # of the same type, scaled so that multiplier 1 does damage `kl`
+    "Give a vector's multiplier a unit: 1 does a damage of `kl` nats per token."
     budget, subject = as_budget(kl), _one_subject(model, steering)
     scorer = _scorer_of(model, tokenizer, prompts, seed, batch_size, chat, template)
     most = 3 / _length(model, subject, scorer.answers)
@@ -202,7 +202,7 @@ def calibrate(
 
 # %% ../../nbs/reference/evaluate/calibration.ipynb #5ac5f6e9
 def _calibrated(steering: Calibratable, factor: float, facts: dict[str, Any]) -> Calibratable:
-    "The same, so many times as long, with what was measured in its story."
+    "The same, scaled by `factor`, with the measured facts in its provenance."
     vector = steering.vector if isinstance(steering, Steering) else steering
     if not isinstance(vector, SteeringVector):
         vector = SteeringVector(dict(vector), "decoder_block")  # type: ignore[arg-type]
@@ -213,7 +213,7 @@ def _calibrated(steering: Calibratable, factor: float, facts: dict[str, Any]) ->
 def calibrated_marks(
     subject: Subject,
 ) -> tuple[float, ...] | None:  # strong, normal and gentle against, 0, gentle, normal and strong along
-    "Multipliers of the usual budgets; None where nothing was calibrated, or for something else."
+    "Multipliers of the usual budgets; None without a calibration of this steering."
     if len(subject.parts) != 1:
         return None
     ((how, vector),) = subject.parts
@@ -227,5 +227,5 @@ def calibrated_marks(
 
 
 def _held_for(how: Steering) -> dict[str, str | None]:
-    "What a calibration for this steering would tell of its operator, tokens and conditions."
+    "The operator, tokens and conditions that a calibration of this steering would record."
     return {**dict.fromkeys(("operator", "tokens", "when", "schedule")), **held_for(how)}

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/evaluate/marks.ipynb #d0c57219
 __doc__ = """Which tokens of a prompt and its answer were steered?
 
-A reader of an answer wants to see where the vector acted. `steered_tokens` evaluates the same
-selection that steering uses, over the whole sequence at once, and returns each token with 1 where
-it was steered and 0 where it was not.
+`steered_tokens` shows where the vector acted in an answer. It evaluates the same selection as
+steering, over the whole sequence at once, and returns each token with 1 if it was steered and 0 if
+not.
 
-The last token of an answer is a special case: it was written, but no pass ever read it, so nothing
-in it was changed.
+The last token of an answer is a special case: it was written, but no pass read it, so it was not
+steered.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/marks.html
 """
@@ -33,14 +33,14 @@ Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/marks.html
 # %% ../../nbs/reference/evaluate/marks.ipynb #b43b82e8
 def steered_tokens(
     tokenizer: "PreTrainedTokenizerBase",
-    prompt_ids: Sequence[int],  # what the model was given
-    token_ids: Sequence[int],  # what it wrote
+    prompt_ids: Sequence[int],  # the model's input
+    token_ids: Sequence[int],  # its output
     tokens: Any = None,  # which tokens were steered, as in `apply`; None: all
     min_token_index: int | None = None,  # steer this column and all later ones
 ) -> TokenValues:  # 1 where a token was steered, else 0
     """Mark the tokens of a prompt and its answer that were steered.
 
-    Raises TypeError for what is no row of ids, ValueError for negative ids and for two selections."""
+    Raises TypeError for anything but a row of ids, ValueError for negative ids and for two selections."""
     check_tokenizer(tokenizer)
     asked, written = _plain_ids(prompt_ids, "prompt_ids"), _plain_ids(token_ids, "token_ids")
     mask = chosen_tokens(one_row(tokens, min_token_index), asked + written, len(asked)).tolist()

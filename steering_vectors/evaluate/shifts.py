@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/evaluate/shifts.ipynb #d0c57219
 __doc__ = """How does steering change the probabilities of the next token?
 
-Two texts that differ look equally different whether the model hesitated or not. The probabilities
-of the next token show how sure it was, and they cost one pass where a text costs forty.
-`next_token_shift` compares them, unsteered and steered, and returns a `TokenShift`: the tokens that
-gain or lose most, each with its two probabilities.
+Two different texts do not show how certain the model was at each word. The probabilities of the
+next token do, and they need one pass where a text of forty tokens needs forty. `next_token_shift`
+compares them, unsteered and steered, and returns a `TokenShift`: the tokens that gain or lose most,
+each with its two probabilities.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/shifts.html
 """
@@ -63,12 +63,12 @@ def next_token_shift(
     tokenizer: "PreTrainedTokenizerBase",
     steering: Steerable,  # a vector, a `Steering`, or several that act together
     prompt: Prompt,  # words, chat messages, or ids
-    multiplier: float = 1.0,  # on top of each steering's own
+    multiplier: float = 1.0,  # multiplies each steering's own
     k: int = 8,  # how many tokens to keep
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     add_generation_prompt: bool | None = None,  # open an answer; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template
-) -> TokenShift:  # largest change first; where nothing changes, likeliest first
+) -> TokenShift:  # largest change first; if nothing changes, most probable first
     "How steering changes the probabilities of the token after `prompt`."
     kept, number = as_count(k, "k"), as_number(multiplier, "multiplier is one number")
     asked = prompt_ids(tokenizer, prompt, chat, add_generation_prompt, template)
@@ -94,6 +94,6 @@ def _next_probabilities(
 
 # %% ../../nbs/reference/evaluate/shifts.ipynb #31401089
 def _most_changed(before: Tensor, after: Tensor, k: int) -> Tensor:  # (k,) token ids
-    "The tokens whose probability changes most; among equals, the likeliest."
+    "The tokens whose probability changes most; among equals, the most probable."
     rank = (after - before).abs().double() + 1e-9 * before.double()
     return rank.topk(min(k, len(before))).indices

@@ -29,11 +29,11 @@ __doc__ = """What does the model answer, at each layer and multiplier?
 
 `sweep` answers one prompt at several layers and multipliers and returns a `Sweep`, a mapping:
 `s[18, 3]` is the text at layer 18 and multiplier 3. The multipliers of a layer are rows of one
-batch: the prompt is repeated, and each row is steered by its own multiplier. Seven answers cost
-little more than one, and all of them are computed alike.
+batch: the prompt is repeated, and each row is steered by its own multiplier. Seven answers take
+little more time than one, and all of them are computed alike.
 
-What steers is a vector, a `Steering` with operator, multiplier and tokens of its own, or several
-that act together (arguments).
+The steering is a vector, a `Steering` with its own operator, multiplier and tokens, or several that
+act together (arguments).
 
 Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/sweeps.html
 """
@@ -65,7 +65,7 @@ def _watcher(
     wanted: int,  # tokens to write
     progress: Callable[[int, int], None] | None,
 ) -> Callable[..., Tensor]:
-    "A stopping criterion that reports progress and stops nothing."
+    "A stopping criterion that reports progress and never stops."
 
     def watch(seen: Tensor, scores: Any, **rest: Any) -> Tensor:
         if progress:
@@ -99,10 +99,10 @@ def _until_end(row: list[int], ends: set[Any]) -> list[int]:
 class Sweep(_Tabular, Mapping[tuple[Layer, float], str]):
     "Texts by layer and multiplier."
 
-    prompt: str  # what was asked
+    prompt: str  # the words of the prompt
     layers: tuple[Layer, ...]  # counted from the front
     multipliers: tuple[float, ...]
-    texts: Mapping[tuple[Layer, float], str]  # what was answered
+    texts: Mapping[tuple[Layer, float], str]  # the answers
     prompt_ids: tuple[int, ...]  # the ids the model was given
     token_ids: Mapping[tuple[Layer, float], tuple[int, ...]]  # the ids it wrote
     num_layers: int | None = None  # of the model, so that -1 is its last
@@ -130,7 +130,7 @@ class Sweep(_Tabular, Mapping[tuple[Layer, float], str]):
 
 # %% ../../nbs/reference/evaluate/sweeps.ipynb #71c59c9e
 def _measured_key(s: Sweep, key: Any) -> Any:
-    "The key of a text that `key` means; None for what is no layer and multiplier."
+    "The key of a text that `key` means; None for anything else."
     try:
         layer, number = key
         return front(as_layer(layer), s.num_layers), near(number, s.multipliers)
@@ -149,7 +149,7 @@ def sweep(
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     temperature: float = 0.0,  # 0 takes the most probable token each time
     seed: int = 0,  # of the sampling
-    progress: Callable[[int, int], None] | None = None,  # called with tokens done and tokens wanted
+    progress: Callable[[int, int], None] | None = None,  # called with the numbers of tokens done and tokens wanted
     add_generation_prompt: bool | None = None,  # open an answer; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template
 ) -> Sweep:  # `s[layer, multiplier]` is text
@@ -173,13 +173,13 @@ def sweep(
 
 # %% ../../nbs/reference/evaluate/sweeps.ipynb #a012d225
 def _check_progress(progress: Any) -> None:
-    "Refuse what cannot be called."
+    "Refuse an object that cannot be called."
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is a function of two numbers, not a {type(progress).__name__}.")
 
 # %% ../../nbs/reference/evaluate/sweeps.ipynb #5906dc5c
 def _chosen_layers(subject: Subject, layers: Any) -> list[Layer]:
-    "The layers to go through: those that were asked for; else each of one vector, or all of several at once."
+    "The layers to sweep: those that were passed; otherwise each of one vector, or all of several at once."
     if layers is None and len(subject.parts) > 1:
         layers = "all"
     return as_layers(layers, subject.layers, subject.total)
@@ -193,7 +193,7 @@ def _as_sweep(
     rows: Mapping[tuple[Layer, float], tuple[int, ...]],  # the ids that were written
     total: int,
 ) -> Sweep:
-    "What was written, as texts."
+    "The written ids as texts."
     texts = {key: str(tokenizer.decode(list(row), skip_special_tokens=True)) for key, row in rows.items()}
     layers = tuple(dict.fromkeys(layer for layer, _ in rows))
     return Sweep(prompt, layers, multipliers, texts, prompt_ids, rows, total)

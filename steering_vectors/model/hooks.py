@@ -18,13 +18,13 @@ from .attachments import Attachment, Uncopied, _listeners, _lock, _stance, uncop
 # %% ../../nbs/reference/model/hooks.ipynb #d0c57219
 __doc__ = """How is the hidden state that one module returns read or edited?
 
-A *forward hook* is a function that PyTorch calls after a module has run. It sees what the module
-returned and may return something else in its place. That is all steering needs: let the model run
-as it is, catch one intermediate result, and pass on a slightly different one.
+A *forward hook* is a function that PyTorch calls after a module has run. It gets the module's
+output and may return another output instead. This is all that steering needs: the model runs as
+usual, and a hook changes one intermediate result.
 
-PyTorch's own hooks leave three questions open, and each of them has led to wrong results: in which
-order do two hooks run, what happens when a module returns a tuple, and who removes the hook.
-`edit_output` and `read_output` answer them once, for any module.
+PyTorch's own hooks leave three questions open, and each has led to wrong results: in which order do
+two hooks run, what happens if a module returns a tuple, and what removes the hook? `edit_output`
+and `read_output` solve all three, for any module.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/model/hooks.html
 """
@@ -47,9 +47,9 @@ def get_hidden(
 # %% ../../nbs/reference/model/hooks.ipynb #a12cfe4e
 def with_hidden(
     output: Any,  # what a module returned
-    hidden: Tensor,  # the tensor to stand where the hidden state stood
+    hidden: Tensor,  # the tensor that replaces the hidden state
 ) -> Any:  # a container of the same type; `output` is not changed
-    "The same output around another hidden state."
+    "The same output with another hidden state."
     if isinstance(output, Tensor):
         return hidden
     if isinstance(output, Mapping):
@@ -70,7 +70,7 @@ class _Listeners(Uncopied):
     def __init__(self) -> None:
         self.edits: tuple[tuple[HookHandle, Edit], ...] = ()
         self.reads: tuple[tuple[HookHandle, Read], ...] = ()
-        self.when_gone: weakref.finalize[Any, Any] | None = None  # what is done when the module goes first
+        self.when_gone: weakref.finalize[Any, Any] | None = None  # called if the module is deleted first
 
     def run(self, module: nn.Module, args: Any, output: Any) -> Any:
         edits, reads = self.edits, self.reads
@@ -102,10 +102,10 @@ def _new_listeners(module: nn.Module) -> _Listeners:
 
 # %% ../../nbs/reference/model/hooks.ipynb #4bf7d10d
 def take_off(
-    module: nn.Module,  # that the hook may be on
-    hook: object,  # what was put on it
+    module: nn.Module,  # that may have the hook
+    hook: object,  # to remove
 ) -> None:
-    "Remove `hook` from `module`, also where Ctrl-C came before PyTorch's handle of it was kept."
+    "Remove `hook` from `module`, also if Ctrl-C came before PyTorch's handle of it was stored."
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, other in hooks.items() if other == hook]:
             hooks.pop(key, None)
@@ -114,7 +114,7 @@ def take_off(
 
 # %% ../../nbs/reference/model/hooks.ipynb #f84d87fb
 def _drop_listeners(module: nn.Module, entry: _Listeners) -> None:
-    "Take it off again."
+    "Remove the hook again."
     take_off(module, entry.run)
     _listeners.discard(entry)
     if entry.when_gone is not None:
@@ -164,19 +164,19 @@ def read_output(
     module: nn.Module,  # whose output to look at
     read: Read,  # called with the hidden state, after every edit
 ) -> HookHandle:  # attached at once; remove it when done, or give it to `with`
-    "Call `read` with what the module after `module` is going to see."
+    "Call `read` with the output of `module` that the next module gets."
     return HookHandle(module, read, "reads").attach()
 
 # %% ../../nbs/reference/model/hooks.ipynb #01df1d14
 class ModuleHooks(Attachment):
-    "Plain hooks on some modules, which come off together. A subclass puts them on in `_attach`."
+    "Plain hooks on some modules, which are removed together. A subclass attaches them in `_attach`."
 
     def __init__(self) -> None:
-        self.hooks: list[tuple[nn.Module, Any]] = []  # what was put where
+        self.hooks: list[tuple[nn.Module, Any]] = []  # each module with its hook
 
     def _put(self, module: nn.Module, register: Callable[..., Any], function: Callable[..., Any], **how: bool) -> None:
         hook = uncopied(function)
-        self.hooks.append((module, hook))  # noted first
+        self.hooks.append((module, hook))  # stored first
         register(hook, **how)
 
     def _remove(self) -> None:

@@ -22,11 +22,11 @@ from ..numbers import whole_number
 __doc__ = """Which modules of a model does a layer type with a layer number mean?
 
 A steering vector is made for "`decoder_block` 18". A model has modules with names such as
-`model.layers.18`, `transformer.h.18` or `gpt_neox.layers.18`. Here the first becomes the second:
-`resolve_layers` gives the names of all modules of one layer type, `resolve_layer_numbers` checks
-numbers that a user gave, and `layer_config` overrides what is found.
+`model.layers.18`, `transformer.h.18` or `gpt_neox.layers.18`. This page turns the first into the
+second: `resolve_layers` returns the names of all modules of one layer type, `resolve_layer_numbers`
+checks the user's layer numbers, and `layer_config` overrides the modules found.
 
-Training, applying, recording and plotting all ask these two functions, so a vector trained on `mlp`
+Training, applying, recording and plotting all use these two functions, so a vector trained on `mlp`
 is applied to exactly the modules it was read from.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/model/layers.html
@@ -64,7 +64,7 @@ def name_function(
     matcher: LayerMatcher,  # a template, a function, or a bound `str.format`
     model: nn.Module,  # given to functions of two arguments
 ) -> Callable[[int], str]:  # layer number -> module name
-    "The one form that every kind of `matcher` comes to. Raises ValueError or TypeError for what is no matcher."
+    "A function for any kind of `matcher`. Raises ValueError or TypeError for anything else."
     if isinstance(matcher, str) and "{num" not in matcher:
         raise ValueError(
             f"The layer_config template {matcher!r} has no {{num}}. Write it like 'model.layers.{{num}}.mlp'."
@@ -78,7 +78,7 @@ def name_function(
 
 # %% ../../nbs/reference/model/layers.ipynb #3acaf8d0
 def _highest_number(names: Iterable[str]) -> int:
-    "The highest number that occurs in names of modules; -1 where none does."
+    "The highest number that occurs in names of modules; -1 without any."
     return max((int(part) for name in names for part in name.split(".") if part.isdecimal()), default=-1)
 
 # %% ../../nbs/reference/model/layers.ipynb #a5e3392f
@@ -86,7 +86,7 @@ def match(
     model: nn.Module,  # a model, without wrappers
     matcher: LayerMatcher,  # a template or a function
     whole: nn.Module,  # the model with its wrappers, given to functions of two arguments
-    prefix: str = "",  # what names in `whole` begin with; they may be written with it or without
+    prefix: str = "",  # the beginning of names in `whole`; users may write names with or without it
 ) -> dict[int, str]:  # layer number -> module name in `model`
     "Every number for which `matcher` names a module. Raises TypeError where a function returns no name."
     name_of = name_function(matcher, whole)
@@ -114,14 +114,14 @@ class ResolvedLayers(dict[int, str]):
         self,
         names: Mapping[int, str],  # number -> name
         num_blocks: int,  # blocks that the model has, with this part or without
-        shared: Mapping[int, str] | None = None,  # number -> name of a module that stands under several numbers
+        shared: Mapping[int, str] | None = None,  # number -> name of a module that has several numbers
     ):
         super().__init__(names)
         self.num_blocks, self.shared = num_blocks, dict(shared or {})
 
 # %% ../../nbs/reference/model/layers.ipynb #ac0e29cf
 def _check_layer_config(layer_config: Any) -> None:
-    "Refuse what maps no layer types."
+    "Refuse an object that does not map layer types."
     if layer_config is not None and not isinstance(layer_config, Mapping):
         raise TypeError(
             f"layer_config maps layer types to templates, like {{'decoder_block': 'model.layers.{{num}}'}}; it is a "
@@ -183,13 +183,13 @@ def _parts_of_blocks(model: nn.Module, blocks: Mapping[int, str], layer_type: La
 
 # %% ../../nbs/reference/model/layers.ipynb #1fb2fd1c
 def _not_shared(model: nn.Module, names: Mapping[int, str]) -> dict[int, str]:
-    "Those of `names` whose module belongs to one number only."
+    "Those of `names` whose module has only one number."
     modules = {n: id(model.get_submodule(name)) for n, name in names.items()}
     return {n: names[n] for n, module in modules.items() if list(modules.values()).count(module) == 1}
 
 # %% ../../nbs/reference/model/layers.ipynb #1ab37719
 def _no_such_part(model: nn.Module, layer_type: LayerType, blocks: Mapping[int, str]) -> str:
-    "The message where no block has such a part."
+    "The error message if no block has such a part."
     first = next(iter(blocks.values()), "layers.0")
     if len({id(model.get_submodule(name)) for name in blocks.values()}) < len(blocks):
         return f"The {len(blocks)} blocks of {type(model).__name__} share modules, so a layer number means none of its own there."
@@ -202,7 +202,7 @@ def _no_such_part(model: nn.Module, layer_type: LayerType, blocks: Mapping[int, 
 
 # %% ../../nbs/reference/model/layers.ipynb #690a4658
 def _names_nothing(model: nn.Module, layer_type: LayerType, name_of: Callable[[int], str]) -> str:
-    "The message where a template fits no module."
+    "The error message if a template fits no module."
     lists = ", ".join(f"{name}.{{num}} ({len(found)})" for name, found in repeating_lists(model).items()) or "nothing"
     return (
         f"layer_config names no `{layer_type}` layer of {type(model).__name__}: for layer 0 it asks for {name_of(0)!r}, which is no module. "
@@ -211,7 +211,7 @@ def _names_nothing(model: nn.Module, layer_type: LayerType, name_of: Callable[[i
 
 # %% ../../nbs/reference/model/layers.ipynb #3f3b916d
 def _no_such_layer(number: int, in_range: bool, found: Mapping[int, str], total: int, layer_type: str) -> str:
-    "The message about a layer that is not there."
+    "The error message about a missing layer."
     shared: Mapping[int, str] = getattr(found, "shared", {})
     if number % total in shared and in_range:
         return (
@@ -241,10 +241,10 @@ def _spans(
 # %% ../../nbs/reference/model/layers.ipynb #23ff6963
 def resolve_layer_numbers(
     wanted: Iterable[int],  # negative ones count from the last block
-    found: Mapping[int, str],  # what `resolve_layers` gave
-    layer_type: str,  # for the words of a message
+    found: Mapping[int, str],  # the result of `resolve_layers`
+    layer_type: str,  # for error messages
 ) -> list[int]:  # the same layers, counted from 0
-    "The layers that `wanted` means. Raises ValueError where one does not exist or is named twice, TypeError for no numbers."
+    "The layers that `wanted` means. Raises ValueError where one does not exist or is named twice, TypeError for anything but numbers."
     total = getattr(found, "num_blocks", max(found, default=-1) + 1)
     spelled: dict[int, int] = {}  # each layer, and the number that named it
     for number in _integers(wanted):
@@ -258,7 +258,7 @@ def resolve_layer_numbers(
 
 # %% ../../nbs/reference/model/layers.ipynb #01ff648d
 def _integers(wanted: Any) -> list[int]:
-    "The numbers as plain integers, of whatever type."
+    "The numbers as plain integers."
     try:
         return [whole_number(n) for n in wanted]
     except TypeError:
@@ -281,6 +281,6 @@ def modules_around(
     model: nn.Module,  # any model, wrapped or not
     names: Iterable[str],  # names of modules in `model`
 ) -> dict[str, nn.Module]:  # name -> the innermost model around that module
-    "For each named module the one whose calls should run it."
+    "For each named module, the model whose calls should run it."
     plain, prefix = unwrap(model)
     return {name: _owner(plain, name.removeprefix(prefix)) for name in names}

@@ -43,7 +43,7 @@ class _Addition:
         return "addition_operator()"
 
 # %% ../../nbs/reference/steer/operators.ipynb #46b1305e
-def addition_operator() -> PatchDeltaOperator:  # change: the vector itself, whatever the activation
+def addition_operator() -> PatchDeltaOperator:  # change: the vector itself, for every activation
     "Add the vector, times the multiplier, to the activation (Turner et al. 2023, arXiv:2308.10248). This is the default."
     return _Addition()
 
@@ -74,7 +74,7 @@ def ablation_operator(
 ) -> PatchDeltaOperator:  # change: minus that share of the activation's component along the vector
     """Remove the activation's component along the vector (Arditi et al. 2024, arXiv:2406.11717).
 
-    The multiplier's size and sign make no difference. Raises ValueError for a fraction that is no finite number.
+    The multiplier's size and sign make no difference. Raises ValueError where the fraction is not a finite number.
     """
     if not isinstance(fraction, int | float) or not abs(fraction) < float("inf"):
         raise ValueError(f"fraction must be a finite number, not {fraction!r}; 1.0 removes the whole component.")
@@ -83,7 +83,7 @@ def ablation_operator(
 # %% ../../nbs/reference/steer/operators.ipynb #d72b8724
 @dataclass(frozen=True, eq=False)
 class _SubspaceAblation:
-    others: Tensor  # (k, d), rows of length 1 at right angles
+    others: Tensor  # (k, d), rows of norm 1 at right angles
     fraction: float = 1.0
     by_row: ClassVar[bool] = True
 
@@ -91,7 +91,7 @@ class _SubspaceAblation:
         dtype = torch.promote_types(torch.promote_types(activation.dtype, vector.dtype), torch.float32)
         h, v, basis = activation.to(dtype), vector.to(dtype), self.others.to(activation.device, dtype)
         along = h @ basis.T @ basis
-        rest = v - v @ basis.T @ basis  # the part of the vector that the others have not
+        rest = v - v @ basis.T @ basis  # the part of the vector outside the span of the others
         small = rest.norm(dim=-1, keepdim=True) <= 1e-5 * v.norm(dim=-1, keepdim=True)
         change: Tensor = -self.fraction * (along + _component(h, torch.where(small, 0, rest)))
         return change
@@ -101,7 +101,7 @@ class _SubspaceAblation:
 
 # %% ../../nbs/reference/steer/operators.ipynb #a89e0291
 def _basis(directions: Tensor) -> Tensor:  # (k or fewer, d), float64
-    "Rows of length 1 at right angles, which span what the directions span."
+    "Rows of norm 1 at right angles, with the same span as the directions."
     longest = directions.norm(dim=-1, keepdim=True)
     units = directions[longest[:, 0] > 0] / longest[longest[:, 0] > 0]
     _, sizes, rows = torch.linalg.svd(units, full_matrices=False)
@@ -113,9 +113,9 @@ def subspace_ablation_operator(
     others: Sequence[Tensor],  # directions (d,) of one layer, besides the vector itself
     fraction: float = 1.0,  # share of the components to remove
 ) -> PatchDeltaOperator:  # change: minus that share of the activation's projection on the span of all
-    """Remove the activation's projection on the span of the vector and of `others`, in whatever order they come.
+    """Remove the activation's projection on the span of the vector and of `others`, independent of their order.
 
-    Raises ValueError where `others` are no directions of one width, or the fraction is no finite number."""
+    Raises ValueError where `others` are not directions of one width, or the fraction is not a finite number."""
     rows: list[Any] = list(others)
     if not rows or any(not isinstance(w, Tensor) or w.ndim != 1 or w.shape != rows[0].shape for w in rows):
         raise ValueError(
@@ -150,4 +150,4 @@ BUILT_IN = (
     _Ablation,
     _AblationThenAddition,
     _SubspaceAblation,
-)  # these write into no argument, and return what fits
+)  # these do not write into their arguments, and return a change that fits

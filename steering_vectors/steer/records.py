@@ -23,13 +23,13 @@ from .tokens import Tokens
 # %% ../../nbs/reference/steer/records.ipynb #d0c57219
 __doc__ = """How is a steering written as JSON, and read again?
 
-A server is told how to steer by a request, and a request is text. So everything about steering but
-the tensors has a spelling in JSON: the vector by a name that both sides know, its layers, the
+A request to a server says how to steer, and a request is text. So everything about steering except
+the tensors can be written as JSON: the vector by a name that both sides know, its layers, the
 operator, the multiplier, and the tokens as an expression.
 
-Reading such a text runs none of it. The expression for the tokens is taken apart by Python's
-parser, and only what `Tokens` can express is accepted. This room needs no model and no vector, so a
-server that has neither can use it.
+Reading such a text runs no code from it. Python's parser parses the expression for the tokens, and
+only what `Tokens` can express is accepted. This page needs no model and no vector, so a server that
+has neither can use it.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/records.html
 """
@@ -44,19 +44,19 @@ SIGNS: dict[type, Any] = {ast.BitOr: or_, ast.BitAnd: and_, ast.Sub: sub}
 def read_tokens(
     text: str,  # `Tokens.response[:8]`, `Tokens.prompt[-4:] | Tokens.generated - [13]`
 ) -> Tokens:
-    "The selection that an expression names. Raises ValueError or TypeError where it names none."
+    "The selection that a text means. Raises ValueError or TypeError where it is not one."
     if not isinstance(text, str) or len(text) > LONGEST:
         raise TypeError(f'Tokens are written as an expression, "Tokens.response[:8]"; this is {text!r:.60}.')
     try:
         return _selection(ast.parse(text.strip(), mode="eval").body)
     except SyntaxError as e:
-        raise ValueError(f"{text!r} is no expression of tokens, such as Tokens.response[:8]: {e.msg}.") from None
+        raise ValueError(f"{text!r} is not an expression of tokens, such as Tokens.response[:8]: {e.msg}.") from None
     except RecursionError:
         raise ValueError("This expression of tokens is nested too deeply.") from None
 
 # %% ../../nbs/reference/steer/records.ipynb #786aba50
 def _selection(node: ast.expr) -> Tokens:
-    "What one part of an expression names."
+    "The selection that one part of an expression means."
     match node:
         case ast.Attribute(ast.Name("Tokens"), part) if part in PARTS:
             return getattr(Tokens, part)  # type: ignore[no-any-return]
@@ -83,7 +83,7 @@ def _index(node: ast.expr) -> Any:
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError):
-        raise ValueError(f"{ast.unparse(node)!r} is no whole number, list of whole numbers, or slice.") from None
+        raise ValueError(f"{ast.unparse(node)!r} is not a whole number, list of whole numbers, or slice.") from None
     return value
 
 # %% ../../nbs/reference/steer/records.ipynb #da9c3c61
@@ -97,7 +97,7 @@ OPERATORS = {
 def operator_name(
     operator: PatchDeltaOperator,
 ) -> str | dict[str, float]:  # {"ablation": 0.5} for half of it
-    "An operator of this library as JSON. Raises ValueError for one of the user."
+    "A built-in operator as JSON. Raises ValueError for a custom one."
     if name := next((name for name, known in OPERATORS.items() if known == operator), None):
         return name
     fraction = getattr(operator, "fraction", None)
@@ -121,17 +121,17 @@ def read_operator(
 
 # %% ../../nbs/reference/steer/records.ipynb #66bb8cd8
 def _number(value: Any, what: str) -> float:
-    "A finite number of JSON."
+    "A finite number from JSON."
     if is_bool(value) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{what} must be a finite number, not {value!r}.")
     return float(value)
 
 # %% ../../nbs/reference/steer/records.ipynb #87cb64d8
 class SteeringRecord(NamedTuple):
-    "What a request asks for."
+    "The steering of a request."
 
     vector: str  # its name
-    layers: tuple[int, ...] | None = None  # None: all it has
+    layers: tuple[int, ...] | None = None  # None: all of its layers
     operator: PatchDeltaOperator = OPERATORS["addition"]
     multiplier: Any = 1.0  # a number, several of them, one per row, or either by layer
     tokens: Tokens | None = None  # None: every token
@@ -139,14 +139,14 @@ class SteeringRecord(NamedTuple):
 
 # %% ../../nbs/reference/steer/records.ipynb #9dcb37cc
 def _multiplier_as_json(multiplier: Any) -> Any:
-    "A multiplier as JSON has it; the numbers of layers become texts."
+    "A multiplier in JSON types; layer numbers become texts."
     if isinstance(multiplier, Mapping):
         return {str(n): _multiplier_as_json(m) for n, m in multiplier.items()}
     return list(multiplier) if isinstance(multiplier, tuple) else multiplier
 
 # %% ../../nbs/reference/steer/records.ipynb #a587ece1
 def _as_json(record: SteeringRecord) -> dict[str, Any]:
-    "Each field as JSON has it."
+    "Each field in JSON types."
     return {
         "vector": record.vector,
         "layers": None if record.layers is None else list(record.layers),
@@ -160,7 +160,7 @@ def _as_json(record: SteeringRecord) -> dict[str, Any]:
 def write_record(
     record: SteeringRecord,
 ) -> str:  # JSON
-    "A steering as a line of JSON. Raises ValueError for a mask of tokens and for an operator of the user."
+    "A steering as a line of JSON. Raises ValueError for a mask of tokens and for a custom operator."
     if record.tokens is not None and record.tokens.masks:
         raise ValueError(
             "A mask of tokens is one batch's own and cannot be written as JSON. Name the tokens: Tokens.prompt[-4:]."
@@ -170,7 +170,7 @@ def write_record(
 
 # %% ../../nbs/reference/steer/records.ipynb #af97822c
 def _layer_list(written: Any) -> tuple[int, ...]:
-    "Numbers of layers."
+    "Layer numbers."
     try:
         return tuple(whole_number(n) for n in (written if isinstance(written, (list, tuple)) else [written]))
     except TypeError:
@@ -195,9 +195,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 # %% ../../nbs/reference/steer/records.ipynb #d4e30c79
 def read_record(
-    written: str | Mapping[str, Any],  # JSON, or what it holds
+    written: str | Mapping[str, Any],  # JSON, or its parsed value
 ) -> SteeringRecord:
-    "What a request asks for, checked. Raises ValueError or TypeError for what cannot be meant."
+    "The steering of a request, checked. Raises ValueError or TypeError for anything else."
     record = json.loads(written) if isinstance(written, str) else written
     if not isinstance(record, Mapping):
         raise TypeError(

@@ -39,13 +39,13 @@ from .verdicts import Decisions, GateKeeper, gate_modules, gate_readers, gated_s
 # %% ../../nbs/reference/steer/steering.ipynb #d0c57219
 __doc__ = """How is steering described as a value, and put onto a model?
 
-*How to steer* is a value, a `Steering`: a vector, an operator, a multiplier and the tokens,
-everything but the model. Because it is a value it can be kept, printed, sent to a server, and given
-to whatever measures or draws. Nothing above this room carries these things around one by one.
+**How to steer* is a value, a `Steering`: a vector, an operator, a multiplier and the tokens,
+everything except the model. Because it is a value, it can be saved, printed, sent to a server, and
+passed to functions that measure or draw. So these functions take one argument instead of four.
 
-A model comes in only with `apply`. It checks everything that could be wrong (a layer that does not
-exist, a vector of the wrong width) and returns a `SteeringPatchHandle`, which has not touched the
-model yet. Attaching it cannot fail halfway.
+Only `apply` takes a model. It checks everything that could be wrong (a layer that does not exist, a
+vector of the wrong width) and returns a `SteeringPatchHandle`, which has not changed the model yet.
+Attaching it cannot fail halfway.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/steering.html
 """
@@ -63,16 +63,16 @@ class Directions(Protocol):
 # %% ../../nbs/reference/steer/steering.ipynb #fd8ae9d4
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """Everything about steering but the model.
+    """Everything about steering except the model.
 
-    Raises ValueError or TypeError where a part of it cannot be meant.
+    Raises ValueError or TypeError where one of its parts makes no sense.
     """
 
     vector: Directions | Mapping[int, Tensor]  # layer number to (d,); negative numbers count from the end
     operator: PatchDeltaOperator = addition_operator()  # what to do with the vector
     multiplier: Multiplier | Mapping[int, Multiplier] = 1.0  # how strongly; a number, or one per row; or these by layer
     tokens: Tokens | Sequence[int] | slice | Tensor | None = None  # which tokens; None: every token
-    layer_config: ModelLayerConfig | None = None  # where the layers are, if they are not found by themselves
+    layer_config: ModelLayerConfig | None = None  # where the layers are, if they are not found automatically
     when: Condition | None = None  # for which prompts; None: for all
     schedule: Schedule | None = None  # a factor for each token of the response; None: 1
 
@@ -90,7 +90,7 @@ class Steering:
         checked = {"operator": operator, "multiplier": multiplier, "tokens": tokens}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        _ = self.selection  # refuses tokens that lie before what a gate decides
+        _ = self.selection  # refuses tokens before the point where a gate decides
 
     @property
     def layer_activations(self) -> Mapping[int, Tensor]:
@@ -120,7 +120,7 @@ class Steering:
 
     @property
     def selection(self) -> Tokens | None:
-        "The tokens as an expression; None: every token. Where a gate reads the prompt, those of the response."
+        "The tokens as an expression; None: every token. If a gate reads the prompt, only those of the response."
         selection = as_selection(tokens=self.tokens)
         selection = selection if self.when is None else gated_selection(selection, self.when)
         return selection if self.schedule is None else within_response(selection)
@@ -148,20 +148,20 @@ class Steering:
         self,
         name: str,  # of the vector, which the reader has
     ) -> str:
-        "A line of JSON, in which the vector is called `name`. Raises ValueError for what cannot be written."
+        "A line of JSON, in which the vector is called `name`. Raises ValueError where something cannot be written."
         return write_record(_record(self, name))
 
     def to_vllm(self, name: str) -> str:
-        "What a request to vLLM asks for, where the engine calls the vector `name`; see the guide's page on serving."
+        "The steering as a request to vLLM passes it; `name` is the vector's name there. See the guide's page on serving."
         return write_record(only_adds(_record(self, name)))
 
     @classmethod
     def from_json(
         cls,
-        written: str | Mapping[str, Any],  # JSON, or what it holds
+        written: str | Mapping[str, Any],  # JSON, or its parsed value
         vectors: Mapping[str, Any],  # by name: each a SteeringVector, or layer number to (d,)
     ) -> "Steering":
-        "The steering that `to_json` wrote. Raises ValueError or TypeError for what it never writes."
+        "The steering that `to_json` wrote. Raises ValueError or TypeError for anything else."
         return cls(**_from_record(read_record(written), vectors))
 
     def __repr__(self) -> str:
@@ -174,7 +174,7 @@ class Steering:
 def as_steering(
     how: "Steering | Directions | Mapping[int, Tensor]",  # a vector, or a steering
 ) -> Steering:
-    "A steering as it is; a vector as a steering that adds it once, at every token."
+    "A steering unchanged; a vector as a steering that adds it once, at every token."
     return how if isinstance(how, Steering) else Steering(how)
 
 # %% ../../nbs/reference/steer/steering.ipynb #247c36d5
@@ -182,11 +182,11 @@ def _record(steering: Steering, name: str) -> SteeringRecord:
     "The record of a steering whose vector is called `name`."
     if steering.layer_config is not None:
         raise ValueError(
-            "layer_config belongs to one model and is not written: leave it out, and say it where the steering is applied."
+            "layer_config belongs to one model and is not written: leave it out, and pass it where the steering is applied."
         )
     if steering.when is not None:
         raise ValueError(
-            "A gate holds a direction, which is not written as JSON: leave when= out, or keep the whole in a file: save_steering."
+            "A gate holds a direction, which is not written as JSON: leave when= out, or write a file with save_steering."
         )
     if isinstance(steering.multiplier, Mapping):
         multiplier: Any = {n: _plain_number(m) for n, m in steering.strengths.items()}
@@ -217,8 +217,8 @@ def _hooks_for(
     tracker: PassTracker | None,
     keeper: GateKeeper | None = None,
     scope: ThreadScope | None = None,
-) -> list[Attachment]:  # in the order of attaching; edits come off before the tracker that they ask
-    "The hooks of the edits, by the names of their modules, what watches that they run, and the tracker."
+) -> list[Attachment]:  # in the order of attaching; edits are removed before the tracker that they use
+    "The hooks of the edits, by the names of their modules, the check that they run, and the tracker."
     if not edits:
         return []
     limit = (lambda edit: edit) if scope is None else scope.limited
@@ -226,7 +226,7 @@ def _hooks_for(
     watch = RunWatch(unwrap(model)[0], hooks, modules_around(model, hooks))
     readers = (
         [] if keeper is None else gate_readers(model, keeper, limit)
-    )  # before the edits: they read what is not steered yet
+    )  # before the edits: they read activations that are not steered yet
     begun = [part for part in (scope, tracker) if part is not None]
     return [*begun, watch, *readers, *hooks.values()]
 
@@ -241,11 +241,11 @@ class SteeringPatchHandle(AttachmentGroup):
         model: nn.Module,  # whose layers will be edited
         steering: Steering,  # how
         modules: Mapping[int, str],  # layer number to module name
-        edits: Mapping[int, LayerEdit],  # layer number to what happens there; empty where the multiplier is 0
-        tracker: PassTracker | None = None,  # knows where a pass stands; None if every token is meant
-        prompt: PromptLayout | None = None,  # what `prompt=` gave
+        edits: Mapping[int, LayerEdit],  # layer number to its edit; empty if the multiplier is 0
+        tracker: PassTracker | None = None,  # knows which columns a pass computes; None if every token is steered
+        prompt: PromptLayout | None = None,  # read from `prompt=`
         keeper: GateKeeper | None = None,  # knows which rows are open; None if all are
-        scope: ThreadScope | None = None,  # whose passes are steered; None: those of every thread
+        scope: ThreadScope | None = None,  # the thread whose passes are steered; None: every thread
     ):
         self.model, self.steering, self.prompt = model, steering, prompt
         self.modules, self.edits, self.tracker, self.keeper = dict(modules), dict(edits), tracker, keeper
@@ -273,7 +273,7 @@ class SteeringPatchHandle(AttachmentGroup):
 
 # %% ../../nbs/reference/steer/steering.ipynb #de44360b
 def _summary(handle: SteeringPatchHandle) -> str:
-    "One sentence: what, where, which tokens, and whether it is on."
+    "One sentence: what, where, which tokens, and whether it is attached."
     steering, modules = handle.steering, list(handle.modules.values())
     m = None if isinstance(steering.multiplier, Mapping) else steering.strength
     times = f"{m:g}" if isinstance(m, float) else _settings(steering).get("multiplier", "1")
@@ -290,7 +290,7 @@ def _summary(handle: SteeringPatchHandle) -> str:
 def _keeper_for(
     steering: Steering, model: nn.Module, numbers: Sequence[int], tracker: PassTracker | None
 ) -> GateKeeper | None:
-    "What decides for which rows this steering is meant; None where it is meant for all."
+    "The object that decides which rows are steered; None if all are."
     if steering.when is None or tracker is None:
         return None
     names = gate_modules(model, steering.when, numbers, steering.layer_type, steering.layer_config)
@@ -300,7 +300,7 @@ def _keeper_for(
 def _checked_handle(
     steering: Steering, model: nn.Module, prompt: Any, scope: ThreadScope | None
 ) -> SteeringPatchHandle:
-    "Check everything, touch nothing."
+    "Check everything, change nothing."
     vectors, selection = steering.layer_activations, steering.selection
     strengths = list(steering.strengths.values())
     if not vectors:

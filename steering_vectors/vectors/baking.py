@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/vectors/baking.ipynb #d0c57219
 __doc__ = """How is steering written into the weights of a plain checkpoint?
 
-A hook needs this library to run. A checkpoint needs nothing: vLLM, TGI, a phone, whatever loads the
-model loads the steered one, at no cost per token. `bake` returns a *plain copy* of a model whose
-ordinary forward pass is the steered one. It changes a few numbers in the copy and compares the
-result with the hooks before it returns it.
+Steering with hooks needs this library at run time. A steered checkpoint does not: vLLM, TGI, a
+phone, or any other program that loads the model loads the steered one, at no cost per token. `bake`
+returns a *plain copy* of a model whose ordinary forward pass is the steered one. It changes a few
+weights in the copy, and compares the result with the hooks before it returns it.
 
-What can be baked is what the weights have room for. Steering every token by addition is a *bias*,
-$W x + b + m v = W x + (b + m v)$ for the multiplier $m$, and so is exact wherever the last map
-before the steered output has a bias, or can be given one. Removing a direction (Arditi et al. 2024,
-arXiv:2406.11717) is a projection of that map, and needs no bias. checkpoints makes the copy and
-finds room for the bias.
+Only steering that the weights can express can be baked. Adding a vector at every token is a *bias*:
+$W x + b + m v = W x + (b + m v)$ for the multiplier $m$. So it is exact wherever the last linear
+map before the steered output has a bias, or can be given one. Removing a direction (Arditi et al.
+2024, arXiv:2406.11717) is a projection of that map, and needs no bias. checkpoints makes the copy
+and finds a place for the bias.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/vectors/baking.html
 """
@@ -57,7 +57,7 @@ def add_to_bias(
 def project_out(
     module: nn.Module,  # a linear map, its weight (d, inputs), or (inputs, d) in a `Conv1D`
     direction: Tensor,  # (d,)
-    fraction: float = 1.0,  # how much of the component goes
+    fraction: float = 1.0,  # how much of the component is removed
 ) -> None:
     "Remove a direction, or a fraction of it, from the output of `module` (Arditi et al. 2024, arXiv:2406.11717)."
     parts: list[Any] = [module.weight if isinstance(module, nn.Linear) else module.weight.T]
@@ -74,7 +74,7 @@ def project_out(
 def probe(
     model: "PreTrainedModel",  # to run
 ) -> Tensor:  # logits, (2, 12, vocabulary), in float32 or better
-    "What `model` makes of two rows of random tokens."
+    "The logits of `model` for two rows of random tokens."
     vocabulary = model.config.get_text_config().vocab_size
     seeded = torch.Generator("cpu").manual_seed(0)
     ids = torch.randint(vocabulary, (2, 12), generator=seeded, device="cpu")
@@ -130,7 +130,7 @@ def refuse_unbakeable(
     width: int,  # of the vector
     ablating: bool = False,  # or adding
 ) -> None:
-    "Refuse steering that the weights have no room for. Raises ValueError, with the module that is in the way."
+    "Refuse steering that the weights cannot hold. Raises ValueError, with the name of the module that prevents it."
     if ablating and layer_type not in ("mlp", "self_attn"):
         raise ValueError(
             f"Ablation at `{layer_type}` cannot be baked: the skip path carries the component past every weight of the block. "
@@ -147,7 +147,7 @@ def refuse_unbakeable(
 # %% ../../nbs/reference/vectors/baking.ipynb #3bd4da37
 def steered_logits(
     model: "PreTrainedModel",  # comes back without hooks
-    steps: Sequence[Steering],  # what is done, one after the other
+    steps: Sequence[Steering],  # applied together
 ) -> Tensor:  # logits, (2, 12, vocabulary)
     "The logits of the probe with hooks."
     handles = [steering.apply(model).attach() for steering in steps]
@@ -161,7 +161,7 @@ def steered_logits(
 def split_steering(
     steering: Steering,  # addition or ablation
 ) -> list[Steering]:  # two of them
-    "The same steering with one rounding more."
+    "The same steering in two steps, with one more rounding."
     fraction = getattr(steering.operator, "fraction", None)
     if fraction is None:
         return [steering.times(0.5)] * 2
@@ -172,10 +172,10 @@ def split_steering(
 # %% ../../nbs/reference/vectors/baking.ipynb #95f0ba6d
 def check_equal(
     baked: "PreTrainedModel",  # the copy
-    model: "PreTrainedModel",  # what it was made of
+    model: "PreTrainedModel",  # what the copy was made from
     steering: Steering,  # what was baked
 ) -> float:  # the largest difference of a logit, relative to the largest logit
-    "Compare a copy with the steered model. Raises ValueError where it is another model."
+    "Compare a copy with the steered model. Raises ValueError where the copy computes something else."
     wanted, got = steered_logits(model, [steering]), probe(baked)
     size = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error, allowed = float((got - wanted).abs().max() / size), 1e-5
@@ -185,22 +185,22 @@ def check_equal(
     if not error <= allowed:
         raise ValueError(
             f"{type(model).__name__} cannot be baked at `{steering.layer_type}`: the copy differs from the steered model by {error:.1g} of "
-            f"its largest logit, where {allowed:.1g} is allowed. Something that is no addition follows the place, the model "
-            "is steered at this moment, or it computes something that the copy does not."
+            f"its largest logit, where {allowed:.1g} is allowed. Either another operation than an addition follows this output, or the model "
+            "is already steered, or it computes something that the copy does not."
         )
     return error
 
 # %% ../../nbs/reference/vectors/baking.ipynb #1216b50d
 def check_bakeable(
     model: nn.Module,  # to be baked
-    steering: Steering,  # what is to be done
+    steering: Steering,  # to be baked
 ) -> float | None:  # the fraction to ablate; None to add
-    """Refuse what no weight can do in the same way at every token.
-    Raises ValueError: the steering differs by token or row, or is another operator; TypeError: it is no such model."""
+    """Refuse steering that no weight can do in the same way at every token.
+    Raises ValueError: it differs by token or row, or has another operator; TypeError: not a transformers model."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"{type(model).__name__} is no transformers model; of a wrapped one, bake the model inside.")
+        raise TypeError(f"{type(model).__name__} is not a transformers model; if it wraps one, bake the wrapped model.")
     refuse_quantised(model)
     if not isinstance(steering.strength, float):
         raise ValueError(f"A checkpoint has one multiplier, a finite number, not {steering.strength.tolist()!r}.")
@@ -243,13 +243,13 @@ def bake(
     as_llama: bool = False,  # write the copy as a Llama checkpoint
 ) -> "PreTrainedModel":  # plain, in evaluation mode
     """A copy of `model` whose ordinary forward pass is the steered one, at every token.
-    Raises ValueError: the weights have no room for it, or the copy would be another model. Raises TypeError: no model."""
+    Raises ValueError: the weights cannot hold it, or the copy would differ. Raises TypeError: not a transformers model."""
     how = as_steering(steering)
     fraction = check_bakeable(model, how)
     found = resolve_layers(model, how.layer_type, how.layer_config)
     numbers = resolve_layer_numbers(list(how.layer_activations), found, how.layer_type)
     vectors = dict(zip(numbers, (v.detach() for v in how.layer_activations.values()), strict=True))
-    how.apply(model)  # every check of steering
+    how.apply(model)  # runs every check of steering
     last = last_maps(model, {n: found[n] for n in numbers})
     refuse_unbakeable(model, how.layer_type, last, len(next(iter(vectors.values()))), ablating=fraction is not None)
     biased = list(last.values()) if fraction is None else []

@@ -28,13 +28,13 @@ from .provenance import OWN_FIELDS, Provenance
 # %% ../../nbs/reference/vectors/files.ipynb #d0c57219
 __doc__ = """How is a vector saved to one file and read back, exactly?
 
-A vector is three things: its directions, the part of the block they belong to, and where they come
-from. `VectorData` holds the three, without methods; every room of this folder works on it.
-`save_file` writes them into one safetensors file, and `load_file` reads them back in the types they
+A vector has three parts: its directions, the part of the block they belong to, and where they come
+from. `VectorData` holds the three, without methods; every page of this folder works on it.
+`save_file` writes them into one safetensors file. `load_file` reads them back in the dtypes they
 were saved in, or raises an error that names what is wrong with the file.
 
-The file has tensors named `layer.0`, `layer.7` and the header that headers describes.
-`SteeringVector.save` and `.load` are the short spellings.
+The file has tensors named `layer.0`, `layer.7` and so on, and the header that headers describes.
+`SteeringVector.save` and `.load` call these two functions.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/vectors/files.html
 """
@@ -57,7 +57,7 @@ def write_atomically(
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
-    new = path.with_name(f".{uuid4().hex}")  # and nothing of the name, which may be as long as names can be
+    new = path.with_name(f".{uuid4().hex}")  # without `path.name`, which may already have the longest length allowed
     try:
         with open(new, "xb") as f:
             f.write(data)
@@ -72,7 +72,7 @@ GATE_NAME = re.compile(r"gate\.(0|[1-9][0-9]{0,3})")
 
 # %% ../../nbs/reference/vectors/files.ipynb #bd40aee7
 class Settings(NamedTuple):
-    "How a vector is to be used, as its file keeps it."
+    "How to use a vector, as its file keeps it."
 
     text: str  # JSON
     directions: tuple[Tensor, ...] = ()  # of the gates that it names by number, each (d,)
@@ -81,7 +81,7 @@ class Settings(NamedTuple):
 def settings_fields(
     settings: Settings | None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors by name, and the texts beside them
-    "What a file holds of settings; nothing where there are none."
+    "The settings as a file holds them; empty where there are none."
     if settings is None:
         return {}, {}
     own = {n: v.detach().to("cpu", copy=True).contiguous() for n, v in enumerate(settings.directions)}
@@ -97,7 +97,7 @@ def _is_gate(name: str, texts: Mapping[str, str]) -> bool:
 def read_settings(
     path: str | os.PathLike[str],  # a file that `save_file` wrote, or one with nothing but settings
 ) -> Settings | None:
-    "The settings in a file. Raises ValueError where they were changed, or it is a file of another kind."
+    "The settings in a file. Raises ValueError where they were changed, or the file is of another kind."
     tensors, texts = read_tensors(path)
     if "steering_settings" not in texts:
         return None
@@ -112,7 +112,7 @@ def save_file(
     layer_activations: Mapping[int, Tensor],  # each (d,)
     layer_type: LayerType,  # where in the block they belong
     provenance: Provenance,  # where they come from
-    settings: Settings | None = None,  # how it is to be used, if the file is to keep that
+    settings: Settings | None = None,  # how to use it, if the file should keep that
 ) -> None:
     """Write a vector to `path`, whole or not at all.
     Raises ValueError: a file cannot hold this vector. Raises FileNotFoundError: the folder does not exist."""
@@ -154,7 +154,7 @@ def read_tensors(
 # %% ../../nbs/reference/vectors/files.ipynb #f775182b
 def load_file(path: str | os.PathLike[str]) -> VectorData:  # on the CPU
     """Read a vector that `save_file` wrote, checked.
-    Raises ValueError: it is not a vector's file, of a later format, or was changed."""
+    Raises ValueError: the file is not a vector's, has a later format, or was changed."""
     if os.path.isdir(path):
         raise ValueError(f"{os.fspath(path)} is a folder: read it with `SteeringVector.from_pretrained`.")
     try:

@@ -32,25 +32,25 @@ from .provenance import Provenance
 __doc__ = """How is a vector read from a file that another program wrote?
 
 `read_vector_file` reads a file of PyTorch, numpy, JSON, safetensors or GGUF, recognised by its
-content, into the three parts of a vector; `SteeringVector.from_file` is its short spelling. Nothing
-in a file is ever run, and nothing is fetched.
+content, into the three parts of a vector; `SteeringVector.from_file` calls it. No code in a file is
+ever run, and nothing is downloaded.
 
-The steps are in rooms of their own: kinds recognises the file, containers opens it, hints reads the
-names, numbering gives every direction its layer. This room adds the two programs whose files follow
-rules of their own, and puts the pieces together. Every error begins with the file's name and ends
-with what to do.
+Each step has its own page: kinds recognises the file, containers opens it, hints reads the names,
+numbering gives every direction its layer. This page adds the two programs whose files follow their
+own rules, and puts the steps together. Every error begins with the file's name and ends with what
+to do.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/vectors/foreign.html
 """
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #786c50a6
-def harness_steps(value: Any) -> dict[str, dict[str, Any]] | None:  # by module; None: it is no such file
+def harness_steps(value: Any) -> dict[str, dict[str, Any]] | None:  # by module; None: not such a file
     """The steps of a file for the evaluation harness, if that is what it is.
     Raises ValueError: it has two steps at one module."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, Mapping) and "hookpoint" in v for v in value):
         by_module = {str(v["hookpoint"]): v for v in value}
         if len(by_module) < len(value):
-            raise ValueError("it has several steps at one module, of which each would replace the one before.")
+            raise ValueError("it has several steps at one module, and each would replace the one before.")
         value = by_module
     if not isinstance(value, Mapping) or not value:
         return None
@@ -61,8 +61,8 @@ def harness_steps(value: Any) -> dict[str, dict[str, Any]] | None:  # by module;
 def harness_tensors(
     steps: Mapping[str, Mapping[str, Any]],  # by module
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # the directions times their coefficients, and the coefficients
-    """What a file for the evaluation harness adds, by module.
-    Raises ValueError: a step does something else than add a vector."""
+    """The vectors that a file for the evaluation harness adds, by module.
+    Raises ValueError: a step does not add a vector."""
     tensors, rest = {}, {}
     for module, step in steps.items():
         v, coefficient = as_direction(step["steering_vector"]), step.get("steering_coefficient", 1.0)
@@ -80,7 +80,7 @@ def harness_tensors(
 def neuronpedia_vector(
     tensors: Mapping[str, Tensor],  # every list of numbers in a JSON file
     rest: Mapping[str, Any],  # everything else
-) -> dict[str, Tensor]:  # the direction, if this is a feature of Neuronpedia; otherwise all of them
+) -> dict[str, Tensor]:  # the direction, if this is a feature of Neuronpedia; otherwise all tensors
     """The vector of a feature, without the feature's other numbers.
     Raises ValueError: it is a feature without its vector."""
     fields = {name.rpartition(".")[2].lower() for name in rest}
@@ -93,11 +93,11 @@ def neuronpedia_vector(
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #becc0ebd
 class Contents(NamedTuple):
-    "What a file of another program holds."
+    "The contents of another program's file."
 
     tensors: dict[str, Tensor]  # by name
-    rest: dict[str, Any]  # everything else that is short
-    convention: Convention | None = None  # how it counts its layers, if its format defines that
+    rest: dict[str, Any]  # the other fields, if they are short
+    convention: Convention | None = None  # how layers are counted, if the format defines that
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #e0d9df9d
 def read_contents(
@@ -105,7 +105,7 @@ def read_contents(
     kind: str,  # as `kind_of` has it
 ) -> Contents:
     """The tensors of a file, and the fields beside them.
-    Raises ValueError: it is of a kind that is not read, or damaged."""
+    Raises ValueError: the file is damaged, or of a kind that is not read."""
     if kind == "safetensors":
         tensors, texts = read_tensors(path)
         return Contents(split_contents(tensors)[0], dict(texts))
@@ -125,29 +125,31 @@ def agreed(
     given: Any,  # by the caller; None: not
     known: Any,  # by the file; None: not
 ) -> Any:
-    "What the caller and the file agree on. Raises ValueError where they do not."
+    "The value from the caller or the file. Raises ValueError where the two differ."
     if given is not None and known is not None and given != known:
-        raise ValueError(f"the file tells {what}={known!r}, and {given!r} was passed. Leave the argument out.")
+        raise ValueError(f"the file has {what}={known!r}, and {given!r} was passed. Leave the argument out.")
     return known if given is None else given
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #75c4d7af
 def only_value(
-    values: Iterable[Any],  # some of them None
-) -> Any:  # None: nothing is known
-    "The one value that is known. Raises ValueError where there are several."
+    values: Iterable[Any],  # or None
+) -> Any:  # None: all are None
+    "The one value that is not None. Raises ValueError where there are several."
     several = distinct(values)
     if len(several) > 1:
-        raise ValueError(f"its directions belong to different places ({list_some(several)}). Choose some with name=.")
+        raise ValueError(
+            f"its directions belong to different parts of the block ({list_some(several)}). Choose some with name=."
+        )
     return several[0] if several else None
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #ea4cb943
 def convention_and_part(
     contents: Contents,  # of a file
-    convention: Convention | None,  # as the caller has it
-    layer_type: LayerType | None,  # as the caller has it
+    convention: Convention | None,  # as the caller passed it
+    layer_type: LayerType | None,  # as the caller passed it
 ) -> tuple[Convention | None, LayerType]:  # how the file counts, and the part of the block
     """How the layers of a file are counted, and what they belong to.
-    Raises ValueError: the file contradicts the caller or itself, or is in doubt."""
+    Raises ValueError: the file contradicts the caller or itself, or leaves the part open."""
     hints = [*(hint_from_name(name) for name in contents.tensors), hint_from_fields(contents.rest)]
     known = only_value([*(hint.convention for hint in hints), contents.convention])
     counts = agreed("convention", convention, known)
@@ -157,14 +159,14 @@ def convention_and_part(
     known_part = only_value(hint.layer_type for hint in hints)
     part = check_layer_type(agreed("layer_type", layer_type, known_part) or "decoder_block")
     if part != "decoder_block" and counts in ("block_input", "hidden_states"):
-        raise ValueError(f"convention={counts!r} is about whole blocks, and these directions belong to `{part}`.")
+        raise ValueError(f"convention={counts!r} is for whole blocks, and these directions belong to `{part}`.")
     return counts, part
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #b9e1f5bc
 def foreign_provenance(
     path: str | os.PathLike[str],  # of the file
     kind: str,  # as `kind_of` has it
-    rest: Mapping[str, Any],  # what the file holds beside its tensors
+    rest: Mapping[str, Any],  # the fields beside the tensors
 ) -> Provenance:
     "The provenance of a vector that another program wrote."
     named = (v for k, v in rest.items() if k.rpartition(".")[2].lower() in MODEL_FIELDS and isinstance(v, str))
@@ -180,12 +182,12 @@ AFTER_THE_NORM = (
 def read_foreign(
     path: str | os.PathLike[str],  # a file that another program wrote
     layers: list[int] | None = None,  # as the file counts
-    convention: Convention | None = None,  # how it counts, where it does not tell
-    layer_type: LayerType | None = None,  # the part of the block, where it does not tell
-    name: str | None = None,  # which tensor, where it has several
+    convention: Convention | None = None,  # how it counts, if it does not define that
+    layer_type: LayerType | None = None,  # the part of the block, if it does not name it
+    name: str | None = None,  # which tensor, if it has several
 ) -> VectorData:
     """Read a file of PyTorch, numpy, JSON or safetensors with directions in it.
-    Raises ValueError, without the file's name, where it holds none or leaves something open."""
+    Raises ValueError, without the file's name, where it holds no direction, or leaves open where it belongs."""
     kind = kind_of(path)
     contents = read_contents(path, kind)
     if not contents.tensors:
@@ -205,8 +207,8 @@ def read_known(
     path: str | os.PathLike[str],  # of this library, or a control vector
     kind: str,  # "safetensors" or "GGUF"
     layers: list[int] | None,  # some of them
-    convention: Convention | None,  # has to be "block_output", if it is passed
-    layer_type: LayerType | None,  # has to be the file's, if it is passed
+    convention: Convention | None,  # must be "block_output", if it is passed
+    layer_type: LayerType | None,  # must be the file's, if it is passed
 ) -> VectorData:
     "Read a file whose format defines everything. Raises ValueError where the caller contradicts it."
     vector = read_gguf(path) if kind == "GGUF" else load_file(path)
@@ -218,25 +220,25 @@ def read_known(
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #71c54d67
 def as_layer_numbers(layers: Any) -> list[int]:
-    "Numbers of layers as a list. Raises TypeError where they are not whole numbers, each once."
+    "Layer numbers as a list. Raises TypeError where they are not different whole numbers."
     try:
         numbers = [whole_number(n) for n in listed(layers)]
     except TypeError:
         numbers = []
     if not numbers or len({*numbers}) < len(numbers):
-        raise TypeError(f"layers must be one number of a layer, or several different ones, not {layers!r}.")
+        raise TypeError(f"layers must be one layer number, or several different ones, not {layers!r}.")
     return numbers
 
 # %% ../../nbs/reference/vectors/foreign.ipynb #9820fda5
 def read_vector_file(
     path: str | os.PathLike[str],  # any file with a vector in it
-    layers: int | Iterable[int] | None = None,  # numbers as the file counts them; None: all it has
+    layers: int | Iterable[int] | None = None,  # layer numbers as the file counts them; None: all
     convention: Convention | None = None,  # what its numbers count: block_output, block_input or hidden_states
-    layer_type: LayerType | None = None,  # the part of the block, where the file does not tell; None: whole blocks
-    name: str | None = None,  # which tensor, where it has several
+    layer_type: LayerType | None = None,  # the part of the block, if the file does not name it; None: whole blocks
+    name: str | None = None,  # which tensor, if it has several
 ) -> VectorData:
     """Read a vector from a file of any program, recognised by its content.
-    Raises ValueError: it holds no vector, or leaves something open. Raises TypeError: `layers` are no numbers."""
+    Raises ValueError: it holds no vector, or more arguments are needed. Raises TypeError: `layers` are not numbers."""
     if os.path.isdir(path):
         raise ValueError(f"{os.fspath(path)} is a folder: `SteeringVector.from_pretrained` reads those that it wrote.")
     numbers, kind = None if layers is None else as_layer_numbers(layers), kind_of(path)

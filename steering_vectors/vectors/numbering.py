@@ -19,13 +19,13 @@ from .hints import row_doubt
 # %% ../../nbs/reference/vectors/numbering.ipynb #d0c57219
 __doc__ = """Which layer of this library is each direction of a file?
 
-Two steps. First every direction gets the number that the *file* gives it: by the tensor's name, by
-a field of the file, or by the row it stands in (`number_tensors`). Then the convention turns that
-number into the number of a block whose output it is (`as_blocks`). What a file leaves open is asked
-of the caller, in an error that names the argument; nothing is guessed.
+This takes two steps. First every direction gets the number that the *file* gives it: by the
+tensor's name, by a field of the file, or by its row (`number_tensors`). Then the convention turns
+that number into the number of the block whose output it is (`as_blocks`). Nothing is guessed: if a
+file leaves something open, the error names the argument that the caller must pass.
 
-`layers` always means numbers *as the file counts them*: nobody has to translate the numbers of a
-file before reading it.
+`layers` always means numbers *as the file counts them*, so you need not convert a file's numbers
+before reading it.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/vectors/numbering.html
 """
@@ -33,14 +33,14 @@ Docs: https://OWNER.github.io/steering-vectors/reference/vectors/numbering.html
 # %% ../../nbs/reference/vectors/numbering.ipynb #9eb7b6d3
 def direction_rows(
     name: str,  # for the error
-    tensor: Tensor,  # (d,), (layers, d), or either with ones between
+    tensor: Tensor,  # (d,), (layers, d), or either with dimensions of size 1
 ) -> Tensor:  # (rows, d)
     "A tensor as rows, one direction each. Raises ValueError for another shape."
     rows = tensor.reshape([n for n in tensor.shape[:-1] if n != 1] + [tensor.shape[-1]])
     if not rows.numel() or rows.ndim > 2 or (rows.shape[-1] == 1 and rows.numel() > 1):
         where = f"the tensor {name!r}" if name else "its tensor"
         raise ValueError(
-            f"{where} has shape {tuple(tensor.shape)}. Wanted is (d,), or (layers, d) with a direction per layer."
+            f"{where} has shape {tuple(tensor.shape)}. It must be (d,), or (layers, d) with one direction per layer."
         )
     return rows.reshape(-1, rows.shape[-1])
 
@@ -49,7 +49,7 @@ def named_tensors(
     tensors: Mapping[str, Tensor],  # by name
     name: str | None,  # the name of one, or a part of the names of several; None: all
 ) -> dict[str, Tensor]:
-    "The tensors that a name means. Raises ValueError where there is none."
+    "The tensors that a name means. Raises ValueError where no tensor has it."
     if name is None:
         return dict(tensors)
     if name in tensors:
@@ -73,7 +73,7 @@ def some_layers(
 def name_the_rows(
     layers: list[int],  # as many as there are rows
 ) -> bool:  # True: the first number is that of the first row; False: they choose rows
-    "Whether numbers name rows in their order. Raises ValueError where they may do either."
+    "Whether numbers name rows in their order. Raises ValueError where both are possible."
     count = len(layers)
     from_the_start = [n + count if n < 0 else n for n in layers]
     if count == 1 or max(layers) >= count or from_the_start == [*range(count)]:
@@ -90,7 +90,7 @@ def number_rows(
     doubt: str | None = None,  # why the rows may not be layers 0, 1, 2 and so on
 ) -> dict[int, Tensor]:  # as the file counts, each (d,)
     """The rows of a tensor under their numbers.
-    Raises ValueError: the numbers do not fit the rows, or the file leaves them open."""
+    Raises ValueError: the numbers do not fit the rows, or are not in the file."""
     if field_layers is not None:
         return number_listed_rows(rows, field_layers, layers)
     if len(rows) == 1 and layers is None:
@@ -116,7 +116,7 @@ def number_listed_rows(
     if len(field_layers) != len(rows):
         raise ValueError(
             f"its fields name {list_some(field_layers)}, and its tensor has {len(rows)} rows. "
-            "Save what is wanted as {layer: tensor}."
+            "Save the layers you want as {layer: tensor}."
         )
     numbered = dict(zip(field_layers, rows, strict=True))
     return numbered if layers is None else some_layers(numbered, layers)
@@ -143,11 +143,11 @@ def number_names(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:  # as the 
 # %% ../../nbs/reference/vectors/numbering.ipynb #c4f0a43b
 def number_tensors(
     tensors: Mapping[str, Tensor],  # by name
-    rest: Mapping[str, Any],  # what the file holds beside them
+    rest: Mapping[str, Any],  # the fields beside them
     layers: list[int] | None,  # as the file counts; None: all
 ) -> dict[int, Tensor]:  # as the file counts, each (d,)
     """The directions of a file under the file's own numbers.
-    Raises ValueError: the file leaves them open, or contradicts itself."""
+    Raises ValueError: the file does not give them, or contradicts itself."""
     one, listed = hint_from_fields(rest).layer, listed_layers(rest)
     field_layers = listed if one is None else [one]
     if len(tensors) == 1 and hint_from_name(name := next(iter(tensors))).layer is None:
@@ -174,7 +174,7 @@ ASK = (
 def block_number(
     n: int,  # as the file counts, not 0 if it counts inputs or entries
     convention: Convention,  # what it counts
-) -> int:  # the block whose output it is; negative ones count from the end
+) -> int:  # the block whose output it is; negative numbers count from the end
     "One number of a file as a layer of this library."
     if convention == "block_output":
         return n
@@ -199,9 +199,9 @@ def refuse_embeddings(
 # %% ../../nbs/reference/vectors/numbering.ipynb #25445572
 def as_blocks(
     directions: Mapping[int, Tensor],  # as the file counts
-    convention: Convention | None,  # how it counts; None: it does not tell
+    convention: Convention | None,  # how it counts; None: unknown
 ) -> dict[int, Tensor]:  # by the block whose output it is, negative ones counted from the end
-    "Directions under the numbers of this library. Raises ValueError where the convention is open or unknown."
+    "Directions under the numbers of this library. Raises ValueError where the convention is missing or unknown."
     if convention is None:
         raise ValueError(ASK)
     if convention not in ("block_output", "block_input", "hidden_states"):
@@ -211,7 +211,7 @@ def as_blocks(
     return {block_number(n, convention): v for n, v in sorted(directions.items())}
 
 # %% ../../nbs/reference/vectors/numbering.ipynb #865cf251
-def last_entry(tensors: Mapping[str, Tensor]) -> int | None:  # None: this is no whole list
+def last_entry(tensors: Mapping[str, Tensor]) -> int | None:  # None: the list is not complete
     "The number of the last entry, if a file has all entries from 0 on."
     if len(tensors) == 1:
         ((name, tensor),) = tensors.items()

@@ -17,14 +17,14 @@ from typing import Any, SupportsFloat
 # %% ../../nbs/reference/vectors/provenance.ipynb #d0c57219
 __doc__ = """What is known about where a vector comes from?
 
-A steering vector is one row of numbers per layer, and numbers alone are soon worthless: which model
-were they read from, at which layer, how, and how strongly are they meant to be used? `Provenance`
-keeps the answers. Training fills in what it can; a vector built by hand leaves every field empty.
+A steering vector is one row of numbers per layer. To use it, one needs to know more: which model it
+was read from, how, and how strongly to apply it. `Provenance` keeps this information. Training
+fills in what it knows; a vector made by hand leaves every field empty.
 
-Nothing needs these fields to steer. They are for the reader, for the display, for the card on the
-Hub, and for catching a vector on its way into the wrong model. One of them changes how a vector is
-*used*: `activation_norms`, because a multiplier has no unit until the vector's norm is compared
-with the norm of the activations that it is added to.
+Steering does not need these fields. They are for the reader, the display, the card on the Hub, and
+for noticing that a vector is used with the wrong model. One field changes how a vector is *used*:
+`activation_norms`, because a multiplier has no meaning until the vector's norm is compared with the
+norm of the activations that it is added to.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/vectors/provenance.html
 """
@@ -37,19 +37,21 @@ class Provenance:
     model_id: str | None = None  # the model's name on the Hub, or its folder
     revision: str | None = None  # the commit of the model
     model_type: str | None = None  # the model's family, as its config names it: "llama", "gpt2"
-    hidden_size: int | None = None  # the length of every tensor: the model's width, or all its streams side by side
+    hidden_size: int | None = (
+        None  # the width of every tensor: the model's width, or that of all its streams side by side
+    )
     num_layers: int | None = None  # how many blocks the model has
     aggregator: str | None = None  # how the activations of all pairs became one vector
     read_position: str | None = None  # which token was read
     num_pairs: int | None = None  # how many contrasts it was trained on
     library_version: str | None = None  # the version of this library that trained it
-    activation_norms: Mapping[int, float] | None = None  # median length of the activations read, by layer
-    suggested_multiplier: float | None = None  # the strength its author found useful
+    activation_norms: Mapping[int, float] | None = None  # median norm of the activations read, by layer
+    suggested_multiplier: float | None = None  # the multiplier its author found useful
     note: str | None = None  # anything a person should know
     extra: Mapping[str, Any] = field(default_factory=dict)  # anything a program should know (JSON values)
-    num_positive: int | None = None  # how many positive texts it was trained on, where they were not pairs
+    num_positive: int | None = None  # how many positive texts it was trained on, if they were not pairs
     num_negative: int | None = None  # and how many negative ones
-    origin: str | None = None  # how it was made, where it was not trained: "sum of vectors", "read from joy.pt"
+    origin: str | None = None  # how it was made, if it was not trained: "sum of vectors", "read from joy.pt"
     later: Mapping[str, Any] = field(default_factory=dict)  # header fields that only a later version knows
     texts: Mapping[str, str] = field(default_factory=dict)  # texts of other programs beside the header of a file
 
@@ -62,7 +64,7 @@ class Provenance:
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #07f9ab44
 def is_finite(x: SupportsFloat) -> bool:  # whether a float can hold it
-    "No NaN, no infinity, and no whole number beyond all floats."
+    "Whether `x` is not NaN, not infinite, and not a whole number too large for a float."
     try:
         return math.isfinite(x)
     except OverflowError:
@@ -85,19 +87,21 @@ KNOWN_FIELDS = frozenset({f.name for f in fields(Provenance)} | {"format_version
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #b9d0b99e
 def check_unknown(provenance: Provenance) -> None:
-    """Refuse names in `later` and `texts` that this version knows, and texts that are none.
-    Raises ValueError: a known name. Raises TypeError: a text that is no text."""
+    """Refuse names in `later` and `texts` that this version knows, and texts that are not `str`.
+    Raises ValueError: a known name. Raises TypeError: a value in `texts` that is not a text."""
     known = sorted({str(k) for k in provenance.later} & KNOWN_FIELDS)
     known += sorted({str(k) for k in provenance.texts} & {*OWN_FIELDS})
     if known:
-        raise ValueError(f"Provenance.later and .texts hold what this version does not know; {known[0]!r} it knows.")
+        raise ValueError(
+            f"Provenance.later and .texts hold what this version does not know, but it knows {known[0]!r}."
+        )
     for name, text in provenance.texts.items():
         if not isinstance(name, str) or not isinstance(text, str):
-            raise TypeError(f"Provenance.texts has texts under texts, and {name!r} is none.")
+            raise TypeError(f"Provenance.texts maps texts to texts, and {name!r} does not.")
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #2bafbeb6
 def check_fields(provenance: Provenance) -> None:
-    """Refuse a field of the wrong kind.
+    """Refuse a field of the wrong type.
     Raises TypeError: a field is of another type. Raises ValueError: a number is not finite, or a name is taken."""
     kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(COUNTS, Integral) | dict.fromkeys(OPEN, Mapping)
     for name, kind in (kinds | {"activation_norms": Mapping, "suggested_multiplier": Real}).items():
@@ -113,7 +117,7 @@ def check_fields(provenance: Provenance) -> None:
 
 # %% ../../nbs/reference/vectors/provenance.ipynb #ddef265c
 def library_version() -> str | None:
-    "The version of this library that is installed; None where it was only copied."
+    "The version of this library that is installed; None where it runs without being installed."
     try:
         return version("steering-vectors")
     except PackageNotFoundError:
@@ -123,7 +127,7 @@ def library_version() -> str | None:
 def short_name(
     model_id: str,  # or a path
 ) -> str:
-    "The model's own name in a name on the Hub, a folder, or a folder of the Hub's cache."
+    "The model's own name, without the user's name or the folders before it."
     parts = model_id.rstrip("/").split("/")
     cached = [part for part in parts if part.startswith("models--")]
     return cached[-1].split("--")[-1] if cached else parts[-1]

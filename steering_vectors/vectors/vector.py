@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/vectors/vector.ipynb #d0c57219
 __doc__ = """What is a `SteeringVector`, and what can one do with it?
 
-A `SteeringVector` is a dictionary from layer numbers to directions, together with the part of the
-block they belong to and what is known of their making. Everything one does with it (steer a model,
-choose layers, combine, keep, export) is a method here, and every method is one call into a room
-above this one. So the class reads as a table of contents.
+A `SteeringVector` is a dictionary from layer numbers to directions, with the part of the block they
+belong to and the record of how they were made. Everything you can do with it (steer a model, choose
+layers, combine, save, export) is a method here. Every method is one call into another page of this
+reference, so the class reads as a table of contents.
 
 Vectors are values. No method changes one; each returns a new one.
 
@@ -54,14 +54,14 @@ Docs: https://OWNER.github.io/steering-vectors/reference/vectors/vector.html
 def _data(
     vector: "SteeringVector",
 ) -> VectorData:
-    "The three parts of a vector, for the rooms that need no methods."
+    "The three parts of a vector, for functions that need no methods."
     return VectorData(vector.layer_activations, vector.layer_type, vector.provenance)
 
 # %% ../../nbs/reference/vectors/vector.ipynb #7f75a765
 @dataclass(eq=False)
 class SteeringVector:
-    """Directions for the layers of a model, and what one can do with them.
-    Raises TypeError or ValueError: `layer_activations` are no directions by layer, or the layer type is unknown."""
+    """Directions for the layers of a model, and what you can do with them.
+    Raises TypeError or ValueError: `layer_activations` are not directions by layer, or the layer type is unknown."""
 
     layer_activations: dict[int, Tensor]  # layer number to (d,); negative numbers count from the end, when applied
     layer_type: LayerType = "decoder_block"  # which output of each block the directions belong to
@@ -78,7 +78,7 @@ class SteeringVector:
         multiplier: Multiplier
         | Mapping[int, Multiplier] = 1.0,  # how strongly; a number, or one per row, or these by layer
         tokens: Tokens | Sequence[int] | slice | Tensor | None = None,  # which tokens; None: every token
-        layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
+        layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found automatically
         when: Condition | None = None,  # for which prompts: a gate, or gates combined by ~ & |; None: for all
         schedule: Schedule | None = None,  # a factor for each token of the response, as decay(16); None: 1
     ) -> Steering:  # a value: `.apply(model)` attaches it, and every measure takes it
@@ -88,7 +88,7 @@ class SteeringVector:
     def apply(
         self,
         model: nn.Module,  # not changed; steered while the context is open
-        layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
+        layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found automatically
         operator: PatchDeltaOperator | None = None,  # what to do with the vector; None: add it
         multiplier: Multiplier
         | Mapping[int, Multiplier] = 1.0,  # how strongly; a number, or one per row, or these by layer
@@ -159,10 +159,10 @@ class SteeringVector:
         return len(self.layer_activations)
 
     # --- combine -----------------------------------------------------------------------------------------------------
-    __array_ufunc__ = None  # numpy is not to take `array * vector` apart into many vectors
+    __array_ufunc__ = None  # so that numpy does not split `array * vector` into many vectors
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:  # or numpy would make an array of the layers' numbers
-        raise TypeError("A SteeringVector is no array; `layer_activations` holds its tensors.")
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:  # otherwise numpy would make an array of the layer numbers
+        raise TypeError("A SteeringVector is not an array; `layer_activations` holds its tensors.")
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         if not isinstance(other, SteeringVector):
@@ -170,7 +170,7 @@ class SteeringVector:
         return SteeringVector(*added(_data(self), _data(other)))
 
     def __radd__(self, other: float) -> "SteeringVector":
-        return self if _is_number(other) and other == 0 else NotImplemented  # what `sum` begins with
+        return self if _is_number(other) and other == 0 else NotImplemented  # `sum` starts with 0
 
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
         if not isinstance(other, SteeringVector):
@@ -189,13 +189,13 @@ class SteeringVector:
         return SteeringVector(*scaled_by(_data(self), -1))
 
     def normalize(self) -> "SteeringVector":
-        "The vector with length 1 at every layer. Raises ValueError where a direction is zero."
+        "The vector with norm 1 at every layer. Raises ValueError where a direction is zero."
         return SteeringVector(*normalized(_data(self)))
 
     def cosine_similarity(
         self,
         other: "SteeringVector",  # of the same layer type and width
-    ) -> dict[int, float]:  # by layer that both have; 1: same direction, 0: at right angles, -1: opposite
+    ) -> dict[int, float]:  # for each layer that both have; 1: same direction, 0: at right angles, -1: opposite
         "The cosine of the angle between two vectors. Raises ValueError where they have no layer in common."
         return cosines(_data(self), _data(other))
 
@@ -213,13 +213,13 @@ class SteeringVector:
     def from_file(
         cls,
         path: str | os.PathLike[str],  # a file of any program, recognised by its content
-        layers: int | Iterable[int] | None = None,  # numbers as the file counts them; None: all it has
-        convention: "Convention | None" = None,  # what they count: block_output, block_input or hidden_states
-        layer_type: LayerType | None = None,  # the part of the block, where the file does not tell
-        name: str | None = None,  # which tensor, where the file has several
+        layers: int | Iterable[int] | None = None,  # layer numbers as the file counts them; None: all
+        convention: "Convention | None" = None,  # what the numbers count: block_output, block_input or hidden_states
+        layer_type: LayerType | None = None,  # the part of the block, if the file does not name it
+        name: str | None = None,  # which tensor, if the file has several
     ) -> "SteeringVector":
         """Read a vector from a file that another program wrote: PyTorch, numpy, JSON, safetensors, GGUF.
-        Raises ValueError: the file holds no vector, or leaves something open that the arguments have to tell."""
+        Raises ValueError: the file holds no vector, or the arguments must add what the file leaves open."""
         return cls(*read_vector_file(path, layers, convention, layer_type, name))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
@@ -240,7 +240,7 @@ class SteeringVector:
         self,
         path: str | os.PathLike[str],
         multiplier: float = 1.0,  # folded into the file
-        model_hint: str | None = None,  # the model's family; left out, the provenance's `model_type`
+        model_hint: str | None = None,  # the model's family; None: the provenance's `model_type`
     ) -> None:
         "Write a control vector for llama.cpp. Raises ValueError where llama.cpp cannot run it."
         write_gguf(path, self.steering(multiplier=multiplier), self.provenance, model_hint)
@@ -251,7 +251,7 @@ class SteeringVector:
         path: str | os.PathLike[str],
         layer_shift: int = 0,  # added to every number of a layer
     ) -> "SteeringVector":
-        "Read a control vector, whoever wrote it. Raises ValueError where the file is none."
+        "Read a control vector, from whatever program. Raises ValueError where the file is not one."
         return cls(*read_gguf(path, layer_shift))
 
     def to_vllm(
@@ -260,7 +260,7 @@ class SteeringVector:
         multiplier: float = 1.0,
         tokens: Tokens | None = None,  # which tokens; None: every token
     ) -> str:  # JSON
-        "What a request to vLLM asks for, where this library is installed beside it."
+        "The steering as a request to vLLM passes it, if this library is installed on the server."
         return self.steering(multiplier=multiplier, tokens=tokens).to_vllm(name)
 
     def to_vllm_lens(self, multiplier: float = 1.0) -> dict[str, Any]:
@@ -284,8 +284,8 @@ class SteeringVector:
         layer_config: ModelLayerConfig | None = None,
         operator: PatchDeltaOperator | None = None,  # addition, or `ablation_operator()` for `mlp` and `self_attn`
         as_llama: bool = False,  # write the copy as a Llama checkpoint
-    ) -> "PreTrainedModel":  # plain: no hooks, no need of this library
-        "A copy of `model` that has the vector in its weights. Raises ValueError where they have no room for it."
+    ) -> "PreTrainedModel":  # plain: no hooks, usable without this library
+        "A copy of `model` with the vector in its weights. Raises ValueError where the weights cannot hold it."
         return bake(model, self.steering(operator, multiplier, layer_config=layer_config), as_llama)
 
     # --- convert -----------------------------------------------------------------------------------------------------
