@@ -1,8 +1,8 @@
-"""Before nbdev's export, the first paragraphs of a room's page become the `__doc__` of its module.
+"""Before nbdev's export, the first paragraphs of a module's page become the `__doc__` of its module.
 
-A page of nbs/reference opens with its question and the reasons for the room. Whoever meets the module by `help()` reads the
-same words, and finds the address of the page. They stand in an exported cell of the page, folded in Jupyter, which is
-written here from the prose; so nbdev's own commands export the same file.
+A page of nbs/reference opens with its question and the reasons for the module. `help()` of the module shows the same words
+and the address of the page. They are in an exported cell of the page, folded in Jupyter, which is written here from the
+prose; so nbdev's own commands export the same file.
 """
 
 import json

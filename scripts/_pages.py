@@ -114,11 +114,10 @@ def environment() -> dict[str, str]:
 
 def run(path: Path) -> str:
     "Run the page at `path` in a kernel and return it as it should be stored."
+    import _kernels
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-
-    import _kernels
 
     _kernels.fork()
     raw, skips = json.loads(path.read_text(encoding="utf-8")), left_out(path)

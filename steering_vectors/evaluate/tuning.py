@@ -6,6 +6,7 @@
 __all__ = ['Tuning', 'tune']
 
 # %% ../../nbs/reference/evaluate/tuning.ipynb #488da5af
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -201,7 +202,7 @@ def _measured(bench: Bench, candidates: Sequence[tuple[str, SteeringVector]], pr
 def _is_as_good(row: TuningRow, best: TuningRow) -> bool:
     "Whether `best` leads by no more than one standard error, item by item."
     lead = [a - b for a, b in zip(best.choosing, row.choosing, strict=True)]
-    return statistics.mean(lead) <= statistics.stdev(lead) / len(lead) ** 0.5
+    return statistics.mean(lead) <= statistics.stdev(lead) / math.sqrt(len(lead))
 
 
 def _with_the_choice(rows: list[TuningRow], middle: int) -> list[TuningRow]:

@@ -92,7 +92,7 @@ def markdown_table(vector: VectorData) -> str:  # Markdown
     rows = [table_row(n, norm, usual.get(n)) for n, norm in sorted(norms.items())]
     if len(rows) > 12:
         rows[5:-5] = ["| … | | | |"]
-    head = ["| layer | length | of the activations | ratio |", "| ---: | ---: | ---: | ---: |"]
+    head = ["| layer | norm | of the activations | ratio |", "| ---: | ---: | ---: | ---: |"]
     title = f"**SteeringVector** of type `{vector.layer_type}`, {len(norms)} layer{'' if len(norms) == 1 else 's'}"
     facts = " · ".join(known_facts(vector.provenance)) or "no provenance"
     return "\n".join([title, "", *head, *rows, "", facts])

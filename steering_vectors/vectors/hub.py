@@ -42,7 +42,7 @@ Docs: https://OWNER.github.io/steering-vectors/reference/vectors/hub.html
 def card_table(vector: VectorData) -> str:  # a table of Markdown
     "The norm of each direction, and the median norm of the activations it is added to."
     norms = vector.provenance.activation_norms or {}
-    rows = ["| layer | length of the vector | median length of the activations |", "| ---: | ---: | ---: |"]
+    rows = ["| layer | norm of the vector | median norm of the activations |", "| ---: | ---: | ---: |"]
     for n, v in vector.layer_activations.items():
         usual = f"{norms[n]:.4g}" if n in norms else "unknown"
         rows.append(f"| {n} | {v.double().norm():.4g} | {usual} |")
