@@ -14,7 +14,16 @@ from padded import S, padded_prompts, random_vector
 from torch import Tensor
 from versions import fault, skip_if
 
-from steering_vectors import SteeringVector, Tokens, ablation_operator, addition_operator, bake, explore, train_gate
+from steering_vectors import (
+    SteeringVector,
+    Tokens,
+    ablation_operator,
+    addition_operator,
+    bake,
+    explore,
+    prompt_ids,
+    train_gate,
+)
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.steer.gates import Condition, Gate
 from steering_vectors.steer.steering import Steering
@@ -454,7 +463,7 @@ def test_a_trained_gate_tells_new_prompts_apart(as_chat: bool) -> None:
     model, tok = tiny_model("llama"), tiny_tokenizer()
     loud, quiet = loud_and_quiet()
     told: Any = [[[{"role": "user", "content": t}] for t in side] if as_chat else side for side in (loud, quiet)]
-    gate = train_gate(model, tok, *told, layer=1)
+    gate = train_gate(model, tok, *told, layer=1, chat=as_chat)
     assert gate.judged["opens"] - gate.judged["opens_for_others"] > 0.6
     new: Any = ["GO AWAY", "go away", "WHO IS IT", "who is it there"]
     if as_chat:
@@ -469,10 +478,23 @@ def test_a_trained_gate_tells_new_prompts_apart(as_chat: bool) -> None:
     assert handle.decisions.open.tolist() == [True, False, True, False]
 
 
+def test_words_are_prompts_as_everywhere_else() -> None:
+    "Words go into the chat template where there is one, so the gate reads what the model will be asked."
+    model, tok = tiny_model("llama"), tiny_tokenizer()
+    loud, quiet = loud_and_quiet()
+    chats = [[[{"role": "user", "content": t}] for t in side] for side in (loud, quiet)]
+    ids = [[prompt_ids(tok, t)[0].tolist() for t in side] for side in (loud, quiet)]
+    gates = [train_gate(model, tok, *both, layer=1) for both in ((loud, quiet), chats, ids)]
+    for gate in gates[1:]:
+        assert torch.equal(gate.direction, gates[0].direction) and gate.threshold == gates[0].threshold
+    bare = train_gate(model, tok, loud, quiet, layer=1, chat=False)
+    assert not torch.equal(bare.direction, gates[0].direction)
+
+
 def test_training_and_deciding_read_the_same_mean() -> None:
     "The scores of a batch are those of the prompts one by one, where the shared beginning is left out."
     model, tok = tiny_model("llama").double(), tiny_tokenizer()
-    gate = train_gate(model, tok, *loud_and_quiet(), layer=1)
+    gate = train_gate(model, tok, *loud_and_quiet(), layer=1, chat=False)
     batch = tok(["GO AWAY", "who is it there"], return_tensors="pt", padding=True)
     v = SteeringVector({2: torch.ones(32, dtype=torch.float64)})
     with torch.no_grad(), v.apply(model, when=gate, prompt=batch) as handle:
@@ -488,7 +510,7 @@ def test_training_and_deciding_read_the_same_mean() -> None:
 def test_kinds_that_do_not_differ_are_judged_so() -> None:
     model, tok = tiny_model("llama"), tiny_tokenizer()
     _, quiet = loud_and_quiet()
-    gate = train_gate(model, tok, quiet[::2], quiet[1::2], layer=1)
+    gate = train_gate(model, tok, quiet[::2], quiet[1::2], layer=1, chat=False)
     assert gate.judged["opens"] - gate.judged["opens_for_others"] < 0.6
 
 

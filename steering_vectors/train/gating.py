@@ -23,8 +23,7 @@ from ..steer.gates import Gate
 from ..steer.tokens import Tokens
 from .chats import Template, shared_start
 from .discriminants import discriminant, unseen_scores
-from .prompts import Text
-from .texts import texts_ids
+from .prompts import Prompt, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,13 +113,14 @@ def _share_open(high: Tensor, low: Tensor, folds: int) -> tuple[float, float]:
 def train_gate(
     model: nn.Module,  # not changed
     tokenizer: "PreTrainedTokenizerBase",
-    positive_prompts: Sequence[Text],  # for these the gate opens: strings, conversations or ids
-    negative_prompts: Sequence[Text],  # of other kinds
+    positive_prompts: Sequence[Prompt],  # for these the gate opens: words, chat messages or ids
+    negative_prompts: Sequence[Prompt],  # of other kinds
     layer: int,  # whose output the gate reads; about a third of the depth is a good one
     layer_type: LayerType = "decoder_block",  # which output of the block
     threshold: float | None = None,  # open above it; None: set between the scores of prompts that were not fitted
     layer_config: ModelLayerConfig | None = None,  # where the layers are, if they are not found by themselves
     batch_size: int = 16,  # prompts in one pass
+    chat: bool | None = None,  # put words into the chat template; None: where there is one
     template: Template | None = None,  # arguments of the chat template
 ) -> Gate:
     """A gate that opens for prompts such as `positive_prompts`.
@@ -133,7 +133,7 @@ def train_gate(
         )
     found = resolve_layers(model, layer_type, layer_config)
     number = resolve_layer_numbers([layer], found, layer_type)[0]
-    rows = texts_ids(tokenizer, [*kinds[0], *kinds[1]], True, template)
+    rows = [prompt_ids(tokenizer, one, chat, None, template)[0].tolist() for one in [*kinds[0], *kinds[1]]]
     first = _words_begin(rows)
     means = _means_of_prompts(model, rows, first, model.get_submodule(found[number]), batch_size)
     positive, negative = means[: len(kinds[0])], means[len(kinds[0]) :]
