@@ -214,3 +214,11 @@ def test_a_header_whose_length_begins_as_a_pickle_does(tmp_path: Path) -> None:
     SteeringVector(vector().layer_activations, "mlp", replaced).save(tmp_path / "v")
     assert (tmp_path / "v").read_bytes()[:2] == b"\x80\x02"
     assert SteeringVector.from_file(tmp_path / "v") == vector()
+
+
+def test_what_is_no_steering_is_refused_before_a_file_is_written(tmp_path: Path) -> None:
+    vector = SteeringVector({1: torch.ones(32)})
+    for wrong, path in ((tmp_path / "a.safetensors", vector.steering()), (vector, tmp_path / "b.safetensors")):
+        with pytest.raises(TypeError, match="takes a Steering"):
+            save_steering(wrong, path)
+    assert not list(tmp_path.iterdir())

@@ -122,6 +122,10 @@ def save_steering(
     """Write a steering, its vector and its gates to one file, whole or not at all.
 
     Raises ValueError for what a file cannot hold: a custom operator or schedule, a mask, a layer_config."""
+    if not isinstance(steering, Steering):
+        raise TypeError(
+            f"save_steering takes a Steering, v.steering(...), and then a path; it got a {type(steering).__name__}."
+        )
     vector, when = steering.vector, steering.when
     if not isinstance(vector, SteeringVector):
         vector = SteeringVector(dict(steering.layer_activations), steering.layer_type)
