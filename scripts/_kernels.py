@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from importlib.metadata import EntryPoint
 from multiprocessing import forkserver
 from pathlib import Path
@@ -18,6 +19,8 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 
 # Not matplotlib, which chooses its backend when it is imported.
 IMPORTED = ["torch", "transformers", "transformers.models.llama", "ipykernel.ipkernel", "ipywidgets"]
+
+STARTING = threading.Lock()  # pages are run by several threads
 
 
 def serve(connection: str, env: dict[str, str], folder: str) -> None:
@@ -69,7 +72,13 @@ class Forked(LocalProvisioner):
         with mock.patch.dict(os.environ, env):  # the seed of hashes and the number of threads are those of its start
             forkserver.ensure_running()
         process = context.Process(target=serve, args=(cmd[cmd.index("-f") + 1], dict(env), folder))
-        process.start()
+        main = sys.modules["__main__"]  # what runs here is of no concern to a page, and would be imported there
+        with (
+            STARTING,
+            mock.patch.object(main, "__spec__", None),
+            mock.patch.object(main, "__file__", None, create=True),
+        ):
+            process.start()
         self.process, self.pid, self.pgid, self.cwd = Process(process), process.pid, process.pid, folder
         return self.connection_info
 

@@ -109,6 +109,21 @@ def _share_open(high: Tensor, low: Tensor, folds: int) -> tuple[float, float]:
         opened += torch.stack([(kind[i] > threshold).sum() for kind, i in zip((high, low), inside, strict=True)])
     return float(opened[0]) / len(high), float(opened[1]) / len(low)
 
+# %% ../../nbs/reference/train/gating.ipynb #8c2d5725
+def _learned(
+    positive: Tensor, negative: Tensor, layer: int, layer_type: LayerType, threshold: float | None, tokens: Tokens
+) -> Gate:
+    "The gate learned from the means of both kinds, (n, d) and (m, d), with its measured quality."
+    folds = min(5, len(positive), len(negative))
+    high, low = unseen_scores(positive, negative, folds)
+    made = discriminant(positive, negative)
+    offset = float(made.middle @ made.direction)
+    opens, opens_for_others = _share_open(high, low, folds)
+    judged: dict[str, Any] = {"opens": opens, "of": len(high), "opens_for_others": opens_for_others, "others": len(low)}
+    if threshold is not None:
+        return Gate(made.direction, layer, threshold, layer_type, tokens=tokens)
+    return Gate(made.direction, layer, _between_classes(high, low) + offset, layer_type, tokens=tokens, judged=judged)
+
 # %% ../../nbs/reference/train/gating.ipynb #bcbfa0cf
 def train_gate(
     model: nn.Module,  # not changed
@@ -140,18 +155,3 @@ def train_gate(
     return _learned(
         positive, negative, number, layer_type, threshold, Tokens.prompt[first:] if first else Tokens.prompt
     )
-
-# %% ../../nbs/reference/train/gating.ipynb #8c2d5725
-def _learned(
-    positive: Tensor, negative: Tensor, layer: int, layer_type: LayerType, threshold: float | None, tokens: Tokens
-) -> Gate:
-    "The gate learned from the means of both kinds, (n, d) and (m, d), with its measured quality."
-    folds = min(5, len(positive), len(negative))
-    high, low = unseen_scores(positive, negative, folds)
-    made = discriminant(positive, negative)
-    offset = float(made.middle @ made.direction)
-    opens, opens_for_others = _share_open(high, low, folds)
-    judged: dict[str, Any] = {"opens": opens, "of": len(high), "opens_for_others": opens_for_others, "others": len(low)}
-    if threshold is not None:
-        return Gate(made.direction, layer, threshold, layer_type, tokens=tokens)
-    return Gate(made.direction, layer, _between_classes(high, low) + offset, layer_type, tokens=tokens, judged=judged)
