@@ -17,11 +17,17 @@ PROMPTS = ["How are you?", "Hello", "Why is it so?"]
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    "Grows with each call of `generate`."
+    "Grows with each call of `generate` that samples."
     calls: list[int] = []
     model = type(tiny_model())
     plain = model.generate
-    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("do_sample"):
+            calls.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", counted)
     return calls
 
 

@@ -18,6 +18,7 @@ from .arguments import in_model
 from .results import NotMeasured, _Tabular, signed
 from ..modes import undisturbed
 from ..numbers import as_count, as_multipliers, as_temperature, near
+from ..train.answering import end_ids, padding_id
 from ..train.chats import Template
 from ..train.prompts import Prompt, prompt_ids
 
@@ -53,10 +54,10 @@ def _answers(
         sampling = {"temperature": temperature, "do_sample": True}
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-        pad_token_id=_padding_id(tokenizer), top_p=None, top_k=None, num_beams=1,
+        pad_token_id=padding_id(tokenizer), top_p=None, top_k=None, num_beams=1,
         stopping_criteria=[_watcher(ids.shape[1], max_new_tokens, progress)], **sampling,
     )  # fmt: skip
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     return [_until_end(row, ends) for row in out[:, ids.shape[1] :].tolist()]
 
 # %% ../../nbs/reference/evaluate/sweeps.ipynb #4c2c8fa8
@@ -73,18 +74,6 @@ def _watcher(
         return torch.zeros(len(seen), dtype=torch.bool, device=seen.device)
 
     return watch
-
-# %% ../../nbs/reference/evaluate/sweeps.ipynb #46defeb3
-def _padding_id(tokenizer: "PreTrainedTokenizerBase") -> Any:
-    "The id that fills up shorter rows."
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-# %% ../../nbs/reference/evaluate/sweeps.ipynb #51fbf66b
-def _end_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> set[Any]:
-    "The ids that end a text."
-    config = model.generation_config
-    ends = config.eos_token_id if config is not None else None
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 # %% ../../nbs/reference/evaluate/sweeps.ipynb #45e26ed8
 def _until_end(row: list[int], ends: set[Any]) -> list[int]:

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .arguments import Steerable, Subject, check_ids, in_model
 from .intervals import Estimate, estimate
 from .results import _Tabular, signed
-from .sweeps import _end_ids, _padding_id
 from ..modes import undisturbed
 from ..numbers import CPU, as_count, as_multipliers, near
+from ..train.answering import end_ids, left_padded, padding_id, prompt_groups
 from ..train.chats import Template
 from ..train.continuations import Scored
 from ..train.prompts import Prompt, prompt_ids
@@ -63,34 +62,24 @@ WRITING_PROMPTS: tuple[str, ...] = (
     "Give me some advice for this year.",
 )
 
-# %% ../../nbs/reference/evaluate/writing.ipynb #2d34ca27
-def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
-    "Rows of ids, padded on the left."
-    longest = max(map(len, rows))
-    ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    names = ("input_ids", "attention_mask")
-    return {name: torch.tensor(x, device=device) for name, x in zip(names, (ids, mask), strict=True)}
-
 # %% ../../nbs/reference/evaluate/writing.ipynb #a76bca9e
 def _answered(
     model: Any, tokenizer: Any, subject: Subject, asked: Sequence[list[int]], multipliers: Sequence[float], length: int
 ) -> list[list[Scored]]:  # for each multiplier, each question's ids and those of its answer
     "Greedy answers to every question at every multiplier, each up to its end and at least one token long."
-    rows = [row for _ in multipliers for row in asked]
-    each = [m for m in multipliers for _ in asked]
-    batch = _left_padded(rows, _padding_id(tokenizer), model.device)
-    with undisturbed(model), subject.apply(model, each, batch):
-        out = model.generate(
-            **batch, max_new_tokens=length, do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1,
-            pad_token_id=_padding_id(tokenizer),
-        )  # fmt: skip
-    ends, start = _end_ids(model, tokenizer), batch["input_ids"].shape[1]
-    said = [
-        row[: max(next((i for i, t in enumerate(row) if t in ends), len(row)), 1)] for row in out[:, start:].tolist()
-    ]
-    pairs: list[Scored] = list(zip(rows, said, strict=True))
-    return [pairs[i : i + len(asked)] for i in range(0, len(pairs), len(asked))]
+    pad, ends = padding_id(tokenizer), end_ids(model, tokenizer)
+    said: dict[tuple[int, int], list[int]] = {}  # by number of the multiplier and of the question
+    for numbers in prompt_groups(model, tokenizer, asked):
+        keys = [(i, n) for i in range(len(multipliers)) for n in numbers]
+        batch = left_padded([asked[n] for _, n in keys], pad or 0, model.device)
+        with undisturbed(model), subject.apply(model, [multipliers[i] for i, _ in keys], batch):
+            out = model.generate(
+                **batch, max_new_tokens=length, do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1,
+                pad_token_id=pad,
+            )  # fmt: skip
+        for key, row in zip(keys, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            said[key] = row[: max(next((i for i, t in enumerate(row) if t in ends), len(row)), 1)]
+    return [[(ids, said[i, n]) for n, ids in enumerate(asked)] for i in range(len(multipliers))]
 
 # %% ../../nbs/reference/evaluate/writing.ipynb #7a23ca4c
 @dataclass(frozen=True, eq=False, repr=False)

@@ -17,6 +17,7 @@ from ..model.blocks import input_device
 from ..modes import undisturbed
 from ..numbers import as_count
 from ..steer.steering import Steering
+from .answering import end_ids, left_padded, padding_id, prompt_groups
 from .chats import Template, is_messages
 from .continuations import Scored, ScoredPass
 from .keeping import kept_for
@@ -108,15 +109,11 @@ def _listed_prompts(prompts: Any) -> tuple[list[Any], str]:
 def _drawn_answers(
     model: Any, tokenizer: "PreTrainedTokenizerBase", ids: Tensor, length: int, given: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    "Answers sampled for prompts of equal length, each up to its end."
-    config = model.generation_config
-    ends = None if config is None else config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    "Answers sampled for the rows of one batch, each up to its end."
+    ends, others = end_ids(model, tokenizer), {"attention_mask": torch.ones_like(ids), **(given or {})}
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, pad_token_id=pad,
-        do_sample=True, temperature=1.0, top_p=None, top_k=None, num_beams=1,
-        **(given or {}),
+        input_ids=ids, max_new_tokens=length, pad_token_id=padding_id(tokenizer), do_sample=True, temperature=1.0,
+        top_p=None, top_k=None, num_beams=1, **others,
     )  # fmt: skip
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
@@ -130,18 +127,16 @@ def _check_known(model: Any, rows: Sequence[Sequence[int]]) -> None:
         raise ValueError(f"{most} is no token of this model, which has 0 to {known - 1}. Is this its tokenizer?")
 
 # %% ../../nbs/reference/train/damage.ipynb #7d1c5e02
-def _answers_by_length(
+def _sampled_answers(
     model: Any, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[list[int]], length: int, seed: int
 ) -> list[list[int]]:
     "An answer to each prompt."
-    by_length: dict[int, list[int]] = {}
-    for n, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(n)
-    said: dict[int, list[int]] = {}
+    groups, said = prompt_groups(model, tokenizer, rows), dict[int, list[int]]()
     with undisturbed(model, seed):
-        for numbers in by_length.values():
-            ids = torch.tensor([rows[n] for n in numbers], device=model.device)
-            said |= dict(zip(numbers, _drawn_answers(model, tokenizer, ids, length), strict=True))
+        for numbers in groups:
+            batch = left_padded([rows[n] for n in numbers], padding_id(tokenizer) or 0, model.device)
+            drawn = _drawn_answers(model, tokenizer, batch.pop("input_ids"), length, batch)
+            said |= dict(zip(numbers, drawn, strict=True))
     return [said[n] for n in range(len(rows))]
 
 # %% ../../nbs/reference/train/damage.ipynb #4d38383f
@@ -162,7 +157,7 @@ def own_answers(
     _check_known(model, rows)
     ends = tokenizer.eos_token_id, tokenizer.pad_token_id, repr(model.generation_config)
     key = "own answers", str(rows), as_count(length, "length"), start, ends
-    said = kept_for(model, key, lambda: _answers_by_length(model, tokenizer, rows, length, start))
+    said = kept_for(model, key, lambda: _sampled_answers(model, tokenizer, rows, length, start))
     return OwnAnswers(tuple((row, list(answer)) for row, answer in zip(rows, said, strict=True)), what, start)
 
 # %% ../../nbs/reference/train/damage.ipynb #036931e7

@@ -1,0 +1,61 @@
+"""Prompts that share a batch are answered as they would be alone, in families of every kind."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import families
+import pytest
+import torch
+
+from steering_vectors import SteeringVector
+from steering_vectors.demo import tiny_model
+from steering_vectors.evaluate.arguments import in_model
+from steering_vectors.evaluate.writing import _answered
+from steering_vectors.modes import undisturbed
+from steering_vectors.train.answering import left_padded, prompt_groups
+
+ROWS = [[11, 12, 13, 14, 15, 16, 17], [21, 22, 23], [31, 32, 33, 34], [41, 42, 43]]
+TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+NAMES = "llama gpt2 bloom opt gpt_neox gemma3_text qwen2 falcon mpt mamba rwkv recurrent_gemma bamba xlnet ctrl biogpt".split()
+BY_LENGTH = {"rwkv", "xlnet"}  # a padded prompt is answered differently: the state runs through the padding
+
+
+def answered(model: Any, rows: list[list[int]]) -> list[list[int]]:
+    batch = left_padded(rows, 0)
+    with undisturbed(model):
+        out = model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    return out[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_shares_a_batch_is_answered_alike(name: str) -> None:
+    model = families.build(name).eval()
+    groups = prompt_groups(model, TOKENIZER, ROWS)
+    assert sorted(n for group in groups for n in group) == [0, 1, 2, 3]
+    assert groups == ([[0], [1, 3], [2]] if name in BY_LENGTH else [[0, 1, 2, 3]])
+    for group in groups:
+        together = answered(model, [ROWS[n] for n in group])
+        assert together == [answered(model, [ROWS[n]])[0] for n in group]
+
+
+class Numbered(torch.nn.Module):
+    "Embeds tokens together with the number of their column, padding included."
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(ids) + torch.arange(ids.shape[1])[:, None]
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_steered_texts_are_those_of_each_question_alone(numbered: bool) -> None:
+    model = tiny_model()
+    if numbered:
+        model.model.embed_tokens = Numbered(model.model.embed_tokens)
+    subject = in_model(model, SteeringVector({1: torch.randn(32, generator=torch.Generator().manual_seed(0))}))
+    together = _answered(model, TOKENIZER, subject, ROWS, [-4.0, 0.0, 4.0], 5)
+    alone = [_answered(model, TOKENIZER, subject, [row], [-4.0, 0.0, 4.0], 5) for row in ROWS]
+    assert together == [[found[i][0] for found in alone] for i in range(3)]
+    assert together[0] != together[1] != together[2]
