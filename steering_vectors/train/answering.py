@@ -7,6 +7,7 @@ __all__ = ['end_ids', 'padding_id', 'left_padded', 'prompt_groups']
 
 # %% ../../nbs/reference/train/answering.ipynb #5a1c0005
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +31,9 @@ or their state runs through it.
 
 So it is tried on the model: its shortest and its longest prompt are answered together and alone,
 and the logits are compared. If they differ by more than rounding, or padding raises an error, only
-prompts of equal length share a batch. `prompt_groups` gives the groups, `left_padded` makes a batch
-of one, and `end_ids` are the tokens that end an answer.
+prompts of equal length share a batch; and where even these are answered differently together, each
+prompt is run alone. `prompt_groups` gives the groups, `left_padded` makes a batch of one, and
+`end_ids` are the tokens that end an answer.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/answering.html
 """
@@ -71,16 +73,22 @@ def _two_logits(model: Any, pad: int, rows: Sequence[list[int]]) -> Tensor:  # (
     return torch.stack(out.logits, 1).flatten(0, 1)
 
 # %% ../../nbs/reference/train/answering.ipynb #5a1c0010
-def _padding_is_exact(model: "PreTrainedModel", pad: int, rows: Sequence[list[int]]) -> bool:
-    "Whether these rows are answered alike together, padded, and alone."
+def _is_exact(model: "PreTrainedModel", pad: int, rows: Sequence[list[int]]) -> bool:
+    "Whether these rows are answered in one batch as they are alone."
     try:
         with undisturbed(model):
             alone = torch.cat([_two_logits(model, pad, [row]) for row in rows])
             apart = difference({0: alone}, {0: _two_logits(model, pad, rows)})
-    except Exception as error:  # a model that cannot pad answers one length at a time
-        logger.info("Prompts cannot be padded: %s: %s", type(error).__name__, error)
+    except Exception as error:  # what cannot run together is run apart
+        logger.info("Prompts cannot share a batch: %s: %s", type(error).__name__, error)
         return False
     return apart <= rounding_limits(model)[1]
+
+# %% ../../nbs/reference/train/answering.ipynb #5a1c0016
+def _is_known_exact(model: "PreTrainedModel", pad: int, rows: Sequence[list[int]]) -> bool:
+    "The same, tried once."
+    exact: bool = kept_for(model, ("batch", pad, str(rows)), lambda: _is_exact(model, pad, rows))
+    return exact
 
 # %% ../../nbs/reference/train/answering.ipynb #5a1c0012
 def prompt_groups(
@@ -88,14 +96,12 @@ def prompt_groups(
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[list[int]],  # ids of prompts
 ) -> list[list[int]]:  # the numbers of the prompts in each batch
-    "Which prompts share a batch: all of them where padding changes nothing, else those of equal length."
-    pad, by_length = padding_id(tokenizer), sorted(rows, key=len)
-    ends = by_length[0], by_length[-1]
-    if len(ends[0]) == len(ends[1]):
-        return [list(range(len(rows)))]
-    if pad is not None and kept_for(model, ("padding", pad, str(ends)), lambda: _padding_is_exact(model, pad, ends)):
-        return [list(range(len(rows)))]
-    groups: dict[int, list[int]] = {}
-    for n, row in enumerate(rows):
-        groups.setdefault(len(row), []).append(n)
-    return list(groups.values())
+    "Which prompts share a batch: all of them where that changes nothing, else those of equal length, else none."
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+    by_length = [list(some) for _, some in groupby(order, key=lambda n: len(rows[n]))]
+    for groups in ([order], by_length):
+        most = max(groups, key=len)
+        two = [rows[most[0]], rows[most[-1]]]
+        if len(most) == 1 or _is_known_exact(model, padding_id(tokenizer) or 0, two):
+            return groups
+    return [[n] for n in order]
