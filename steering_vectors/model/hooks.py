@@ -83,7 +83,9 @@ class _Listeners(Uncopied):
         for handle, read in reads:
             handle.mark = []
             read(new)
-        return None if new is old else with_hidden(output, new)
+        if new is old:
+            return None
+        return new if old is output else with_hidden(output, new)
 
 # %% ../../nbs/reference/model/hooks.ipynb #7047efe4
 def _listeners_of(module: nn.Module) -> _Listeners | None:

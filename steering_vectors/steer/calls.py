@@ -105,7 +105,6 @@ class Call:
     wants_ids: bool = False  # whether a selection needs the earlier ids
     before: Tensor | None = None  # (b, start) token ids of the earlier columns, once they were needed
     masks: dict[Any, bool | Tensor] = field(default_factory=dict)  # computed so far
-    patterns: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)  # by identity: each, and as a list if small
 
     @property
     def fresh(self) -> bool:

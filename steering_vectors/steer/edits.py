@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..model.hooks import by_token
 from ..numbers import CPU
-from .calls import Call
 from .operators import BUILT_IN, PatchDeltaOperator, ablation_operator, addition_operator
-from .positions import PassTracker
+from .positions import PassTracker, is_small
 from .strengths import Schedule, largest_factor, token_factors
 from .tokens import Tokens
 from .verdicts import GateKeeper
@@ -217,7 +216,7 @@ class LayerEdit:
         self.largest = 1.0 if schedule is None else largest_factor(schedule)
         self.rows: dict[Any, tuple[Tensor, Tensor | None]] = {}
         self.groups: dict[Any, list[tuple[float, Tensor | None]]] = {}
-        self.last: tuple[Any, Tensor] | None = None  # a mask that may be used again, and the change under it
+        self.last: tuple[Any, Any, Tensor] | None = None  # a mask, what it was applied to, and the change under it
 
     def __call__(self, h: Tensor) -> Tensor:
         if h.shape[-1] != self.width:
@@ -228,6 +227,9 @@ class LayerEdit:
         mask = self.keeper.mask(mask, h.device) if self.keeper is not None else mask
         if mask is False:
             return h
+        last = self.last
+        if last is not None and last[0] is mask and last[1] == (h.shape, h.dtype, h.device):
+            return h + last[2]
         if mask is True and self.adds and isinstance(self.multiplier, float):
             return h + self.scaled.on(h, self.multiplier)
         return _by_token(self, h, mask)
@@ -239,8 +241,8 @@ def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
         rows = h if h.ndim == 3 else h.reshape(1, -1, h.shape[-1])
         return _changed(edit, rows, True).reshape(h.shape)
     call = edit.tracker.current()
-    if edit.adds and h.shape[:-1] == (call.batch, call.length):
-        return _added(edit, h, mask, call)
+    if edit.adds and h.ndim == 3 and h.shape[0] == call.batch and h.shape[1] == call.length:
+        return _added(edit, h, mask)
     rows, back = by_token(h, call.batch, call.length)
     streams = rows.shape[1] // call.length
     if isinstance(mask, Tensor) and streams > 1:
@@ -248,28 +250,16 @@ def _by_token(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     return back(_changed(edit, rows, mask))
 
 # %% ../../nbs/reference/steer/edits.ipynb #501643ef
-def _added(edit: LayerEdit, h: Tensor, mask: bool | Tensor, call: Call) -> Tensor:
+def _added(edit: LayerEdit, h: Tensor, mask: bool | Tensor) -> Tensor:
     "The activations, (b, s, d), with the vector added under `mask`."
-    pattern = _pattern(mask, call) if isinstance(mask, Tensor) else True
-    key, last = (pattern, h.shape, h.dtype, h.device), edit.last
-    if pattern is not None and last is not None and last[0] == key:
-        return h + last[1]
     m = edit.multiplier
     v = edit.scaled.on(h, m if isinstance(m, float) else _rows_at(edit, h)[0])
-    if v.requires_grad or pattern is None:
+    if v.requires_grad or (isinstance(mask, Tensor) and not is_small(mask)):
         return torch.where(mask.unsqueeze(-1), h + v, h) if isinstance(mask, Tensor) else h + v
     with torch.inference_mode(False):
         change = torch.where(mask.unsqueeze(-1), v, -0.0) if isinstance(mask, Tensor) else v
-    edit.last = key, change
+    edit.last = mask, (h.shape, h.dtype, h.device), change
     return h + change
-
-# %% ../../nbs/reference/steer/edits.ipynb #228a0676
-def _pattern(mask: Tensor, call: Call) -> Any:
-    "A small mask on the CPU as a list, once per pass; None for others, where this would wait for the device."
-    if id(mask) not in call.patterns:
-        small = type(mask) is Tensor and mask.device == CPU and mask.numel() <= 64
-        call.patterns[id(mask)] = mask, mask.tolist() if small else None  # kept, so that no other mask gets its id
-    return call.patterns[id(mask)][1]
 
 # %% ../../nbs/reference/steer/edits.ipynb #696f7ccd
 def _rows_at(edit: LayerEdit, h: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -102,7 +102,9 @@ def _chosen_by_slice(
 # %% ../../nbs/reference/steer/places.ipynb #558aefe3
 def _in_slice(number: Tensor, start: int | Tensor, stop: int | Tensor | None, step: int) -> Tensor:
     "Which numbers a slice chooses."
-    chosen = (number >= start) & ((number - start) % step == 0)
+    chosen = number >= start
+    if step != 1:
+        chosen = chosen & ((number - start) % step == 0)
     return chosen if stop is None else chosen & (number < stop)
 
 # %% ../../nbs/reference/steer/places.ipynb #f01d5418
