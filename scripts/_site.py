@@ -103,6 +103,15 @@ def colab_link(
     return text.replace("<!-- colab -->", f"[Open this page in Colab]({place}).")
 
 
+def repository_links(
+    text: str,  # Markdown
+    git_url: str,  # where the project's files are read
+    branch: str,
+) -> str:  # Markdown
+    "Links from a notebook to tests, benchmarks or scripts, which are not on the site, lead to the repository."
+    return re.sub(r"\]\((?:\.\./)+(?=(?:tests|benchmarks|scripts)/)", f"]({git_url}/blob/{branch}/", text)
+
+
 class SitePage:
     "nbdev's document processor for this site, named by `procs` in settings.ini."
 
@@ -125,6 +134,7 @@ class SitePage:
         for cell in self.nb.cells:
             if cell.cell_type == "markdown" and cell.source:
                 cell.source = colab_link(cell.source, cfg.git_url, cfg.branch, f"nbs/{page.as_posix()}")
+                cell.source = repository_links(cell.source, cfg.git_url, cfg.branch)
         finish(self.nb, cfg.doc_host + cfg.doc_baseurl.rstrip("/") + "/", "../" * (len(page.parts) - 1))
 
 
