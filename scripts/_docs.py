@@ -39,7 +39,10 @@ def navbar_links() -> str:
     from nbdev.config import get_config
 
     config = get_config()
-    links = {"Repository": ("github", config.git_url), "PyPI": ("box-seam", f"https://pypi.org/project/{config.lib_name}/")}
+    links = {
+        "Repository": ("github", config.git_url),
+        "PyPI": ("box-seam", f"https://pypi.org/project/{config.lib_name}/"),
+    }
     lines = ["# Generated from settings.ini by `scripts/docs build`", "website:", "  navbar:", "    right:"]
     for text, (icon, href) in links.items():
         lines += [f"      - text: {text}", f"        icon: {icon}", f"        href: {href}"]

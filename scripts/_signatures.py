@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import re
+import textwrap
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ def of_function(name: str, node: Function, comments: dict[int, str]) -> Definiti
         if shared.count((d or x).end_lineno) > 1 or (d or x).end_lineno == node.body[0].lineno:
             argument.words = ""
     told = words(comments, node.returns.end_lineno) if node.returns and not rows_on(node, rows) else ""
-    return Definition(name, arguments, marks, Argument("returns", written(node.returns), "", told) if node.returns else None)
+    return Definition(
+        name, arguments, marks, Argument("returns", written(node.returns), "", told) if node.returns else None
+    )
 
 
 def rows_on(node: Function, rows: list[Any]) -> bool:
@@ -167,6 +170,18 @@ def exported(name: str) -> Any:
     return getattr(importlib.import_module("steering_vectors"), name, None)
 
 
+def source_of(module: str, name: str) -> str:
+    "The code of a method, folded; Markdown."
+    thing = getattr(importlib.import_module(module), name.split(".")[0], None) or exported(name.split(".")[0])
+    try:
+        lines = inspect.getsource(functools.reduce(getattr, name.split(".")[1:], thing))
+    except (AttributeError, TypeError, OSError):
+        return ""
+    body = MARK.sub("", textwrap.dedent(lines)).rstrip()
+    opening = f'<details class="code-fold"><summary>Source of {name}</summary>'
+    return f"```{{=html}}\n{opening}\n```\n\n```python\n{body}\n```\n\n```{{=html}}\n</details>\n```"
+
+
 def definition(module: str, name: str) -> Definition | None:
     "What is called `name` in a module, or None where that is no function and no class of this package."
     thing = getattr(importlib.import_module(module), name.split(".")[0], None) or exported(name.split(".")[0])
@@ -216,8 +231,11 @@ def documented(
     found = definition(module, name)
     if found is None:
         return text
-    text = re.sub(r"^```python\n.*?^```$", lambda _: f"```python\n{signature(found)}\n```", text, 1, re.DOTALL | re.MULTILINE)
-    return f"{text.rstrip()}\n\n{table(found)}".rstrip()
+    method = f"\n\n{source_of(module, name)}" if "." in name else ""  # the code of anything else has a cell of its own
+    text = re.sub(
+        r"^```python\n.*?^```$", lambda _: f"```python\n{signature(found)}\n```", text, 1, re.DOTALL | re.MULTILINE
+    )
+    return f"{text.rstrip()}\n\n{table(found)}".rstrip() + method
 
 
 def code(text: str) -> str:
@@ -233,14 +251,12 @@ def table(d: Definition) -> str:
         rows.append(d.returns)
     if not d.arguments or not rows:
         return ""
-    columns = {"type": "type", "default": "default", "words": ""}
+    columns = {"type": "type", "default": "default", "words": "description"}
     kept = [c for c in columns if any(getattr(row, c) for row in rows)]
     head = "".join(f"<th>{columns[c]}</th>" for c in ["name", *kept] if c != "name")
     lines = []
     for row in rows:
-        cells = "".join(
-            f"<td>{as_html(row.words) if c == 'words' else code(getattr(row, c))}</td>" for c in kept
-        )
+        cells = "".join(f"<td>{as_html(row.words) if c == 'words' else code(getattr(row, c))}</td>" for c in kept)
         name = "<em>returns</em>" if row is d.returns else code(row.before + row.name)
         lines.append(f"<tr><td>{name}</td>{cells}</tr>")
     return (

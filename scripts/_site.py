@@ -13,6 +13,7 @@ from typing import Any
 
 from _signatures import MARK, documented
 
+ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 CODE_LINK = re.compile(r"\[`([^`\]]+)`\]\([^)\s]*\)")  # a name in backticks that nbdev has linked
 NESTED_LINK = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^)\s]*\)([^\[\]]*)\](?=\()")  # one inside of another link
@@ -109,6 +110,21 @@ def colab_link(
     return text.replace("<!-- colab -->", f"[Open this page in Colab]({place}).")
 
 
+def file_links(
+    text: str,  # Markdown
+    folder: Path,  # where its page is
+    blob: str,  # where the project's files are read, with a slash at its end
+) -> str:  # Markdown
+    "Links to files of the project that are no pages, such as `../benchmarks/costs.py`, lead to the repository."
+
+    def there(found: re.Match[str]) -> str:
+        target = (folder / found[1]).resolve()
+        inside = target.is_relative_to(ROOT) and not target.is_relative_to(ROOT / "nbs")
+        return f"]({blob}{target.relative_to(ROOT).as_posix()})" if inside and target.is_file() else found[0]
+
+    return re.sub(r"\]\(((?:\.\./)+[\w./-]+)\)", there, text)
+
+
 class SitePage:
     "nbdev's document processor for this site, named by `procs` in settings.ini."
 
@@ -130,6 +146,7 @@ class SitePage:
         page = Path(self.nb.path_).resolve().relative_to(Path(cfg.nbs_path).resolve())
         for cell in self.nb.cells:
             if cell.cell_type == "markdown" and cell.source:
+                cell.source = file_links(cell.source, Path(self.nb.path_).parent, f"{cfg.git_url}/blob/{cfg.branch}/")
                 cell.source = colab_link(cell.source, cfg.git_url, cfg.branch, f"nbs/{page.as_posix()}")
         finish(self.nb, cfg.doc_host + cfg.doc_baseurl.rstrip("/") + "/", "../" * (len(page.parts) - 1))
 
