@@ -16,6 +16,7 @@ from typing import Any
 
 MARK = re.compile(r"\s*#\s*(noqa|type:|pragma:|fmt:)[^\n#]*")  # comments that are for tools
 BREAK = re.compile(r"((?<=\w)\.(?=[A-Za-z_])|[([](?=\w))")  # where code in a cell may be broken
+FENCE = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
 WIDTH = 88
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -103,23 +104,17 @@ def of_function(name: str, node: Function, comments: dict[int, str]) -> Definiti
         marks[len(rows)] = "*"
     rows += [(x, d, "") for x, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
     rows += [(a.kwarg, None, "**")] if a.kwarg else []
+    last = [(d or x).end_lineno for x, d, _ in rows]  # a comment behind several arguments belongs to none of them
+    alone = [line if last.count(line) == 1 and line != node.body[0].lineno else None for line in last]
     arguments = [
-        Argument(x.arg, written(x.annotation), default(d) or "", words(comments, (d or x).end_lineno), stars)
-        for x, d, stars in rows
+        Argument(x.arg, written(x.annotation), default(d) or "", words(comments, line), stars)
+        for (x, d, stars), line in zip(rows, alone, strict=True)
     ]
-    shared = [x.end_lineno for x, _, _ in rows]  # a comment behind several arguments belongs to none of them
-    for argument, (x, d, _) in zip(arguments, rows, strict=True):
-        if shared.count((d or x).end_lineno) > 1 or (d or x).end_lineno == node.body[0].lineno:
-            argument.words = ""
-    told = words(comments, node.returns.end_lineno) if node.returns and not rows_on(node, rows) else ""
+    end = node.returns.end_lineno if node.returns else None
+    told = words(comments, end) if end not in last else ""
     return Definition(
         name, arguments, marks, Argument("returns", written(node.returns), "", told) if node.returns else None
     )
-
-
-def rows_on(node: Function, rows: list[Any]) -> bool:
-    "Does an argument stand on the line of the return type?"
-    return any((d or x).end_lineno == node.returns.end_lineno for x, d, _ in rows if node.returns)
 
 
 def fields(kind: type) -> dict[str, Argument]:
@@ -157,12 +152,11 @@ def of_class(name: str, kind: type, node: ast.ClassDef, comments: dict[int, str]
 
 def find(tree: ast.AST, name: str) -> ast.AST | None:
     "The definition of a dotted name; the last one where there are overloads."
+    node: ast.AST | None = tree
     for part in name.split("."):
-        body = getattr(tree, "body", [])
-        tree = next((x for x in reversed(body) if isinstance(x, ast.ClassDef | Function) and x.name == part), None)
-        if tree is None:
-            return None
-    return tree
+        body = getattr(node, "body", [])
+        node = next((x for x in reversed(body) if isinstance(x, ast.ClassDef | Function) and x.name == part), None)
+    return node
 
 
 def exported(name: str) -> Any:
@@ -232,9 +226,7 @@ def documented(
     if found is None:
         return text
     method = f"\n\n{source_of(module, name)}" if "." in name else ""  # the code of anything else has a cell of its own
-    text = re.sub(
-        r"^```python\n.*?^```$", lambda _: f"```python\n{signature(found)}\n```", text, 1, re.DOTALL | re.MULTILINE
-    )
+    text = FENCE.sub(lambda _: f"```python\n{signature(found)}\n```", text, count=1)
     return f"{text.rstrip()}\n\n{table(found)}".rstrip() + method
 
 
@@ -256,7 +248,10 @@ def table(d: Definition) -> str:
     head = "".join(f"<th>{columns[c]}</th>" for c in ["name", *kept] if c != "name")
     lines = []
     for row in rows:
-        cells = "".join(f"<td>{as_html(row.words) if c == 'words' else code(getattr(row, c))}</td>" for c in kept)
+        cells = "".join(
+            f'<td class="words">{as_html(row.words)}</td>' if c == "words" else f"<td>{code(getattr(row, c))}</td>"
+            for c in kept
+        )
         name = "<em>returns</em>" if row is d.returns else code(row.before + row.name)
         lines.append(f"<tr><td>{name}</td>{cells}</tr>")
     return (
