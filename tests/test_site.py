@@ -152,6 +152,13 @@ PROSE = """() => { const copy = document.querySelector('main').cloneNode(true);
     return copy.textContent }"""
 
 
+def resized(w: Watched, width: int) -> None:
+    "The page at another width, once it has been drawn so: tables that do not fit become lists."
+    w.page.set_viewport_size({"width": width, "height": 900})
+    w.page.wait_for_function(f"innerWidth === {width}")
+    w.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))")
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_pages_open_without_errors_and_nothing_is_cut_off(home, context, path):
     w = Watched(context, home)
@@ -159,8 +166,7 @@ def test_pages_open_without_errors_and_nothing_is_cut_off(home, context, path):
     words = w.page.locator("main p, main li").all_inner_texts()
     assert sum(len(t.split()) for t in words) > 40, "a page without prose"
     for width in (1280, 1000, 400):
-        w.page.set_viewport_size({"width": width, "height": 900})
-        w.page.wait_for_timeout(50)  # tables that do not fit become lists
+        resized(w, width)
         assert w.page.evaluate(CUT_OFF) == [], f"cut off at {width} pixels"
         assert w.page.evaluate(BROKEN_WORDS) == [], f"words of tables broken at {width} pixels"
         assert w.page.evaluate("document.documentElement.scrollWidth") <= width + 1
@@ -184,7 +190,7 @@ def test_the_text_has_most_of_the_window(home, context):
     w = Watched(context, home)
     w.page.goto(f"{home}/guide/tune.html")
     for width, least in {1280: 740, 1100: 740, 1000: 680, 400: 350}.items():
-        w.page.set_viewport_size({"width": width, "height": 900})
+        resized(w, width)
         assert w.page.evaluate(TEXT_COLUMN) >= least, f"at {width} pixels"
     fold, links = w.page.locator("#TOC .toc-fold"), w.page.locator("#TOC ul").first
     assert not links.is_visible()
@@ -277,7 +283,7 @@ def test_labels_of_pictures_can_be_read(home, context, path):
     w = Watched(context, home)
     w.page.goto(f"{home}/{path}")
     for width in (1280, 1000):
-        w.page.set_viewport_size({"width": width, "height": 900})
+        resized(w, width)
         scales = w.page.locator("main img").evaluate_all(
             "all => all.filter(e => e.offsetParent && !e.closest('.steer-control')).map(e => e.clientWidth / e.naturalWidth)"
         )
