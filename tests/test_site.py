@@ -253,6 +253,7 @@ def test_pages_can_be_read_in_light_and_dark(home, context, path):
 
 def test_marked_links_have_the_colour_of_the_site(home, context):
     w = Watched(context, home)
+    w.page.emulate_media(reduced_motion="reduce")  # colours change at once
     w.page.goto(f"{home}/guide/tune.html")
     own = w.page.evaluate("getComputedStyle(document.querySelector('main p a')).color")
     for marked in (".sidebar-link.active", "#TOC .nav-link.active"):
