@@ -22,7 +22,8 @@ ROOT = _pages.ROOT
 
 def snapshot() -> dict[Path, bytes]:
     "Every file that is derived from a notebook, and the notebooks."
-    files = [*_pages.find(), *(ROOT / "steering_vectors").rglob("*.py"), ROOT / "README.md", ROOT / "nbs" / "nbdev.yml"]
+    settings = [ROOT / "nbs" / "nbdev.yml", ROOT / "nbs" / "navbar.yml"]
+    files = [*_pages.find(), *(ROOT / "steering_vectors").rglob("*.py"), ROOT / "README.md", *settings]
     return {p.relative_to(ROOT): p.read_bytes() for p in files if p.exists()}
 
 
@@ -33,6 +34,7 @@ def derive() -> None:
     subprocess.run([Path(sys.executable).parent / "nbdev_clean"], check=True)
     _export.export(_pages.find())
     refresh_quarto_yml()
+    (ROOT / "nbs" / "navbar.yml").write_text(_docs.navbar_links(), encoding="utf-8")
     (ROOT / "README.md").write_text(_docs.readme(), encoding="utf-8")
 
 

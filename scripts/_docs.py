@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+IMPORT = re.compile(r"""@import\s*(?:url\([^)]*\)|"[^"]*"|'[^']*')[^;]*;""")  # an address may have `;` in it
 NOTE = "<!-- Generated from nbs/index.ipynb: edit the notebook, then `scripts/docs readme`. -->"
 
 
@@ -18,7 +19,7 @@ def keep_inside(site: Path) -> None:
     "Let pages load what they need from the site itself, and nothing that they do not need."
     for sheet in site.rglob("*.css"):  # themes ask for fonts from elsewhere; a system's own will do
         text = sheet.read_text(encoding="utf-8")
-        own = re.sub(r"@import\s*(?:url\()?[\"']?https?://[^;]*;", "", text)
+        own = IMPORT.sub("", text)
         if own != text:
             sheet.write_text(own, encoding="utf-8")
     for page in site.rglob("*.html"):
@@ -27,9 +28,25 @@ def keep_inside(site: Path) -> None:
         own = re.sub(r"https://cdn\.jsdelivr\.net/npm/katex@[\w.]+/dist", f"{up}widgets/katex", text)
         own = re.sub(r'<script src="https://[^"]*/(?:require|jquery)\.min\.js"[^>]*></script>\n?', "", own)
         own = re.sub(r"<script[^>]*>define\('jquery'.*?</script>\n?", "", own)
+        own = own.replace("/nbs/changelog.md", "/CHANGELOG.md").replace("/nbs/contributing.md", "/CONTRIBUTING.md")
         own = re.sub(r'<meta [^>]*image[^>]*content="[^"]*data:[^"]*"[^>]*>\n?', "", own)
         if own != text:
             page.write_text(own, encoding="utf-8")
+
+
+def navbar_links() -> str:
+    "nbs/navbar.yml: the links to the repository and the package index, as settings.ini has their names."
+    from nbdev.config import get_config
+
+    config = get_config()
+    links = {
+        "Repository": ("github", config.git_url),
+        "PyPI": ("box-seam", f"https://pypi.org/project/{config.lib_name}/"),
+    }
+    lines = ["# Generated from settings.ini by `scripts/docs build`", "website:", "  navbar:", "    right:"]
+    for text, (icon, href) in links.items():
+        lines += [f"      - text: {text}", f"        icon: {icon}", f"        href: {href}"]
+    return "\n".join(lines) + "\n"
 
 
 def build() -> None:
@@ -41,6 +58,7 @@ def build() -> None:
 
     config = get_config()
     refresh_quarto_yml()
+    (config.nbs_path / "navbar.yml").write_text(navbar_links(), encoding="utf-8")
     nbdev.doclinks._build_modidx()
     nbdev_sidebar.__wrapped__()
     stage = proc_nbs(config.nbs_path, n_workers=0, force=True)  # in this process: torch is imported once

@@ -11,6 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from _signatures import MARK, documented
+
+ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 CODE_LINK = re.compile(r"\[`([^`\]]+)`\]\([^)\s]*\)")  # a name in backticks that nbdev has linked
 NESTED_LINK = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^)\s]*\)([^\[\]]*)\](?=\()")  # one inside of another link
@@ -34,25 +37,11 @@ def mended_links(text: str) -> str:
     return FENCE.sub(lambda fence: CODE_LINK.sub(r"\1", fence.group()), text)
 
 
-def aliases() -> dict[str, str]:
-    "The written-out types that have a name, longest first."
-    from steering_vectors.model.families import LayerType, ModelLayerConfig
-    from steering_vectors.steer.operators import PatchDeltaOperator
-    from steering_vectors.train.aggregators import Aggregator
-
-    named = {"LayerType": LayerType, "ModelLayerConfig": ModelLayerConfig, "PatchDeltaOperator": PatchDeltaOperator}
-    named["Aggregator"] = Aggregator
-    return {str(kind): name for name, kind in sorted(named.items(), key=lambda item: -len(str(item[1])))}
-
-
 def readable_signature(text: str) -> str:
-    "What `show_doc` gives, with types by their names and without marks that are for tools."
+    "What `show_doc` gives, without the modules of types and without marks that are for tools."
 
     def short(fence: re.Match[str]) -> str:
-        code = fence.group()
-        for written, name in aliases().items():
-            code = code.replace(written, name)
-        code = re.sub(r"\s*# (noqa|type:)[^\n#]*", "", code)
+        code = MARK.sub("", fence.group())
         return MODULES.sub("", code).replace("<factory>", "...")
 
     text = FENCE.sub(short, text)
@@ -63,10 +52,28 @@ def readable_signature(text: str) -> str:
     return text
 
 
+def defined(source: str) -> str:
+    "` of NAME` for what a cell defines; nothing where that is nothing, or very much."
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return ""
+    names: list[str] = []
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [t.id for t in targets if isinstance(t, ast.Name)]
+    names = list(dict.fromkeys(names))
+    return f" of {', '.join(names)}" if 0 < len(names) < 4 else ""
+
+
 def folded(source: str) -> str:
     "An exported cell as the site shows it: folded, under the signature."
     body = re.sub(r"^#\| *(code-fold|code-summary).*\n", "", source, flags=re.MULTILINE)
-    return f'#| code-fold: true\n#| code-summary: "Source"\n{body}'
+    names = defined(body)
+    return f'#| code-fold: true\n#| code-summary: "Source{names}"\n{body}'
 
 
 def linked(source: str, documented: set[str]) -> list[str]:
@@ -103,13 +110,19 @@ def colab_link(
     return text.replace("<!-- colab -->", f"[Open this page in Colab]({place}).")
 
 
-def repository_links(
+def file_links(
     text: str,  # Markdown
-    git_url: str,  # where the project's files are read
-    branch: str,
+    folder: Path,  # where its page is
+    blob: str,  # where the project's files are read, with a slash at its end
 ) -> str:  # Markdown
-    "Links from a notebook to tests, benchmarks or scripts, which are not on the site, lead to the repository."
-    return re.sub(r"\]\((?:\.\./)+(?=(?:tests|benchmarks|scripts)/)", f"]({git_url}/blob/{branch}/", text)
+    "Links to files of the project that are no pages, such as `../benchmarks/costs.py`, lead to the repository."
+
+    def there(found: re.Match[str]) -> str:
+        target = (folder / found[1]).resolve()
+        inside = target.is_relative_to(ROOT) and not target.is_relative_to(ROOT / "nbs")
+        return f"]({blob}{target.relative_to(ROOT).as_posix()})" if inside and target.is_file() else found[0]
+
+    return re.sub(r"\]\(((?:\.\./)+[\w./-]+)\)", there, text)
 
 
 class SitePage:
@@ -133,8 +146,8 @@ class SitePage:
         page = Path(self.nb.path_).resolve().relative_to(Path(cfg.nbs_path).resolve())
         for cell in self.nb.cells:
             if cell.cell_type == "markdown" and cell.source:
+                cell.source = file_links(cell.source, Path(self.nb.path_).parent, f"{cfg.git_url}/blob/{cfg.branch}/")
                 cell.source = colab_link(cell.source, cfg.git_url, cfg.branch, f"nbs/{page.as_posix()}")
-                cell.source = repository_links(cell.source, cfg.git_url, cfg.branch)
         finish(self.nb, cfg.doc_host + cfg.doc_baseurl.rstrip("/") + "/", "../" * (len(page.parts) - 1))
 
 
@@ -148,23 +161,45 @@ def finish(
 
     nb.metadata.pop("widgets", None)  # ids in there change at every run
     for_readme = bool(os.environ.get("STEER_README"))
-    documented = {name for cell in nb.cells for name in re.findall(r"show_doc\(([\w.]+)\)", cell.source or "")}
+    module = exported_to(Path(nb.path_))
+    shown = {name for cell in nb.cells for name in re.findall(r"show_doc\(([\w.]+)\)", cell.source or "")}
     cells = []
     for cell in nb.cells:
         if cell.cell_type == "markdown" and cell.source and not for_readme:
             cell.source = local_links(mended_links(cell.source), site, up)
         if cell.cell_type == "code" and "code-fold: show" in (cell.source or ""):
             cell.source = folded(cell.source)
-            anchors = "".join(f'<a id="{name}"></a>' for name in linked(cell.source, documented))
+            anchors = "".join(f'<a id="{name}"></a>' for name in linked(cell.source, shown))
             cells += [mk_cell("```{=html}\n" + anchors + "\n```", "markdown")] if anchors else []
+        if cell.cell_type == "code" and cell.source:
+            cell.source = MARK.sub("", cell.source)
+        if is_overload(cell):
+            continue
         for out in cell.get("outputs") or []:
             mend_output(out, site, up, for_readme)
+            name = re.search(r"^show_doc\(([\w.]+)", cell.source or "", re.MULTILINE)
+            if name and module and "text/markdown" in (out.get("data") or {}):
+                out["data"]["text/markdown"] = documented(out["data"]["text/markdown"], module, name[1])
         cells.append(cell)
     nb.cells = cells
     scripts = ["widgets/embed.js"] if has_control(nb.cells) else []
     tags = "".join(f'<script src="{up}{script}"></script>' for script in [*scripts, "access.js"])
     if not for_readme or scripts:
         nb.cells.append(mk_cell("```{=html}\n" + tags + "\n```", "markdown"))
+
+
+def exported_to(
+    page: Path,  # a notebook
+) -> str:
+    "The module that a page exports to; empty where it exports nothing."
+    named = re.search(r'"#\| *default_exp +([\w.]+)"', page.read_text(encoding="utf-8"))
+    return f"steering_vectors.{named[1]}" if named else ""
+
+
+def is_overload(cell: Any) -> bool:
+    "Does `show_doc` show one of several types of a function here? The function itself comes after them."
+    shown = [(out.get("data") or {}).get("text/markdown", "") for out in cell.get("outputs") or []]
+    return any("### _overload_dummy" in "".join(text) for text in shown)
 
 
 def mend_output(out: Any, site: str, up: str, for_readme: bool) -> None:
