@@ -291,7 +291,7 @@ def test_it_travels_with_the_vector(tmp_path: Path) -> None:
     v.save_pretrained(tmp_path / "folder")
     readme = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     assert "## What was measured" in readme and plain["sentence"] in readme and "Not measured" in readme
-    assert f"| breaking multiplier (about 1 nat) | {found.breaking:.2f} |" in readme
+    assert f"| multiplier that costs about 1 nat | {found.breaking:.2f} |" in readme
     assert f"| wrong way, share of items | {found.wrong_way:.0%} |" in readme
     assert f"| damage on open questions | {found.open_cost} |" in readme
     assert f"| shift of texts, predicted | {found.predicted_shift:+.2f} |" in readme
@@ -350,7 +350,7 @@ def test_another_default_device_is_not_taken() -> None:
 def test_page_and_picture() -> None:
     found = replace(card(), predicted_shift=0.31)
     page = found._repr_html_()
-    for words in ("<svg", "Not measured", "wrong way", "+0.31", "breaking multiplier"):
+    for words in ("<svg", "Not measured", "wrong way", "+0.31", "costs about 1 nat"):
         assert words in page
     assert found.to_dict()["predicted_shift"] == 0.31
     assert plot_report(found).get_xlabel() == "damage (nats per token)"

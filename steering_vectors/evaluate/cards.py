@@ -174,7 +174,7 @@ def _number_rows(report: Report) -> list[list[str]]:
         rows.append([f"other concept, {name}: texts read, up", str(shift.shift(1.0))])
     rows.append(["wrong way", f"{report.wrong_way:.0%} of {len(report.contrasts)} items"])
     mark = "none found" if report.breaking is None else f"{report.breaking:.2f}"
-    return [*rows, ["breaking multiplier (about 1 nat)", mark]]
+    return [*rows, ["multiplier that costs about 1 nat", mark]]
 
 # %% ../../nbs/reference/evaluate/cards.ipynb #38be501d
 def _text_rows(report: Report) -> list[list[str]]:

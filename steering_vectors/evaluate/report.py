@@ -48,7 +48,7 @@ with these results:
 
 - the effect in both directions and the damage, with intervals
 - the items that move the wrong way, quoted
-- texts from multiplier -1 up to the one at which they break
+- texts from multiplier -1 up to the one that costs about 1 nat, where text begins to break
 - how far the model's own texts move, because the gap alone can double while the texts stay the same
 - with `pool`, the damage on open questions; with `others`, how far other concepts move as well
 

@@ -96,7 +96,7 @@ def _number_cells(known: Mapping[str, Any]) -> list[list[str]]:
         "surprise of texts, nats per token": ", ".join(surprise),
         "shift of texts, predicted": _number(known.get("predicted_shift"), "+.2f"),
         "wrong way, share of items": _number(known.get("wrong_way"), ".0%"),
-        "breaking multiplier (about 1 nat)": _number(known.get("breaking")),
+        "multiplier that costs about 1 nat": _number(known.get("breaking")),
     }
     rows = [[name, _estimate_text(value)] for name, value in estimates.items()] + [list(row) for row in others.items()]
     return [row for row in rows if row[1]]
