@@ -585,7 +585,7 @@ def _texts(model: Any, tokenizer: Any, folder: Path, ways: tuple[str, ...], laye
                     now.damage.append(float(damage.mean([one.steering])))
             told = ", ".join(f"{letter} {float(some[-1].mean()):+.2f}" for letter, some in now.moved.items())
             print(
-                f"{name:26} {way:32} shift {told}; foretold {now.foretold[-1]:+.2f}; gap {float(now.gaps[-1].mean()):+.2f}; "
+                f"{name:26} {way:32} shift {told}; predicted {now.foretold[-1]:+.2f}; gap {float(now.gaps[-1].mean()):+.2f}; "
                 f"surprise {now.surprise[-1]:.2f}" + (f"; damage {now.damage[-1]:.2f}" if now.damage else ""),
                 flush=True,
             )
@@ -764,7 +764,7 @@ def _texts_judged(model: Any, tokenizer: Any, readers: Any, texts: Any, found: d
     cells = [(x, float(y.mean())) for j in found.values() for x, y in zip(j.foretold, j.moved["C"], strict=True)]
     cells = [cell for cell in cells if not math.isnan(cell[0])]
     r = float(torch.corrcoef(torch.tensor(cells, dtype=torch.float64).T)[0, 1]) if len(cells) > 1 else math.nan
-    print(f"\nshift by C foretold from the pool, over {len(cells)} sets and methods: r = {r:.2f}")
+    print(f"\nshift by C predicted from the pool, over {len(cells)} sets and methods: r = {r:.2f}")
     print(f"{'method':34}{'gap times the mean [90 %]':>28}{'surprise':>10}   of unsteered   damage")
     for way, judged in found.items():
         ratio, low, high = ratio_interval(judged.gaps, [x[:, : judged.gaps[0].shape[1]] for x in means.gaps])

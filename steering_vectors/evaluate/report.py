@@ -10,15 +10,14 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .anchors import prompt_effect, random_direction
+from .anchors import prompt_effect
 from .arguments import Subject, in_model
 from .calibration import calibrate, divergence
-from .candidates import NUM_RANDOM, RANDOM_ROW, TuningRow
+from .candidates import Bench, TuningRow, completion_pairs
 from .cards import Report, strength_name
 from .effects import Contrast, _contrasts, completion_gap
 from .heldout import kept_samples, repeated
@@ -34,6 +33,7 @@ from ..train.damage import EVERYDAY_PROMPTS, DamageScorer, own_answers
 from ..train.pools import Pool
 from ..train.prompts import Prompt
 from ..train.readers import Reader, train_reader
+from ..train.scores import TextScorer
 from ..train.written import predicted_shift
 from ..vectors.vector import SteeringVector
 
@@ -130,23 +130,17 @@ def _random_rows(
     seed: int,
     how: Mapping[str, Any],
 ) -> list[TuningRow]:  # empty if no random direction can be made to do the same damage
-    "The effect of random directions of the same damage: the largest of four with equal norm."
+    "The largest effect of four random directions of the same damage."
     vector = steering.vector
     if steering.operator != addition_operator() or not isinstance(vector, SteeringVector) or not cost > 0:
         return []
-    other = random_direction(vector, seed).steering(tokens=steering.tokens, layer_config=steering.layer_config)
+    pairs = completion_pairs(model, tokenizer, contrasts, how["chat"], how["template"])
+    place = {"tokens": steering.tokens, "layer_config": steering.layer_config}
+    bench = Bench(model, tokenizer, TextScorer(model, pairs, how["batch_size"]), scorer, 0, cost, place)
     try:
-        made: Any = calibrate(model, tokenizer, other, cost, scorer)
+        return [bench.by_chance(vector, seed)]
     except ValueError:
         return []
-    facts, found = made.vector.provenance.extra["calibration"], []
-    for i in range(NUM_RANDOM):
-        one = replace(made, vector=random_direction(made.vector, seed + i) if i else made.vector)
-        values = completion_gap(model, tokenizer, one, contrasts, [0, 1], **how).values
-        found.append(values[:, 1] - values[:, 0])
-    change = max(found, key=lambda x: abs(float(x.mean())))
-    wrong, layers = float((change < 0).double().mean()), tuple(sorted(vector.layer_activations))
-    return [TuningRow(layers, RANDOM_ROW, estimate(change), wrong, facts["reached"], kind="anchor", is_random=True)]
 
 # %% ../../nbs/reference/evaluate/report.ipynb #2ca82102
 def _unpredicted(steering: Steering, layers: Sequence[int], pool: Pool) -> str:  # empty: it can be predicted

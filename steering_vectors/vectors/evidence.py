@@ -70,7 +70,7 @@ def _several(known: Mapping[str, Any], name: str, kind: type) -> list[Any]:
     return [one for one in found if isinstance(one, kind)] if isinstance(found, list) else []
 
 
-def _number(value: Any, form: str = ".2f") -> str:
+def _number_text(value: Any, form: str = ".2f") -> str:
     "A number as text; empty where `value` is not one."
     return f"{value:{form}}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
 
@@ -91,22 +91,22 @@ def _number_cells(known: Mapping[str, Any]) -> list[list[str]]:
     }  # fmt: skip
     for name, both in _mapping(known, "others").items():
         estimates[f"other concept, {name}: texts read, up"] = both.get("up") if isinstance(both, Mapping) else None
-    surprise = [f"{_number(x)} at {m}" for m, x in _mapping(read, "surprise").items() if _number(x)]
+    surprise = [f"{_number_text(x)} at {m}" for m, x in _mapping(read, "surprise").items() if _number_text(x)]
     others = {
         "surprise of texts, nats per token": ", ".join(surprise),
-        "shift of texts, predicted": _number(known.get("predicted_shift"), "+.2f"),
-        "wrong way, share of items": _number(known.get("wrong_way"), ".0%"),
-        "multiplier that costs about 1 nat": _number(known.get("breaking")),
+        "shift of texts, predicted": _number_text(known.get("predicted_shift"), "+.2f"),
+        "wrong way, share of items": _number_text(known.get("wrong_way"), ".0%"),
+        "multiplier that costs about 1 nat": _number_text(known.get("breaking")),
     }
     rows = [[name, _estimate_text(value)] for name, value in estimates.items()] + [list(row) for row in others.items()]
     return [row for row in rows if row[1]]
 
 
-def _quoted(one: Mapping[str, Any]) -> str:
+def _wrong_item(one: Mapping[str, Any]) -> str:
     "A contrast that moves the wrong way, in words."
     prompt = f"{_plain_cell(one['prompt'])}: " if isinstance(one.get("prompt"), str) else ""
     sides = f"{_plain_cell(one.get('matching', ''))} *against* {_plain_cell(one.get('other', ''))}"
-    return f"{_number(one.get('change'), '+.2f')}: {prompt}{sides}"
+    return f"{_number_text(one.get('change'), '+.2f')}: {prompt}{sides}"
 
 # %% ../../nbs/reference/vectors/evidence.ipynb #65676791
 def report_section(
@@ -118,11 +118,11 @@ def report_section(
         return ""
     texts = [[m, text] for m, text in _mapping(known, "texts").items()]
     reader, anchors = _mapping(known, "reading").get("reader"), [
-        [_estimate_text(one.get("effect")), _number(one.get("damage")), one.get("method", "")]
+        [_estimate_text(one.get("effect")), _number_text(one.get("damage")), one.get("method", "")]
         for one in _several(known, "anchors", dict)
     ]  # fmt: skip
     notes = [f"- {_plain_cell(note)}" for note in _several(known, "notes", str)]
-    worst = [f"- {_quoted(one)}" for one in _several(known, "worst", dict)]
+    worst = [f"- {_wrong_item(one)}" for one in _several(known, "worst", dict)]
     told = f" Texts were read by {_plain_cell(reader)}." if isinstance(reader, str) and reader else ""
     parts = [
         "## What was measured",
