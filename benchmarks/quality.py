@@ -623,7 +623,7 @@ def pool_of(model: Any, tokenizer: Any, layer: int | tuple[int, ...], answers: i
     if POOL is not None and layer == 15 and answers == 32 and not how:
         return Pool.load(POOL)
     name = f"layers-{layer}-{answers}-answers" + "".join(f"-{name}-{value}" for name, value in how.items())
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", name)
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", name)
     if name not in KEPT_POOLS:
         path = None if POOLS is None else POOLS / f"{name}.safetensors"
         if path is not None and path.exists():
