@@ -8,22 +8,28 @@
     python benchmarks/quality.py optimize --data DIR     # vectors learned by gradient against the mean difference, at equal damage
     python benchmarks/quality.py optimize_more --data DIR    # further ways of learning: steps, BiPO, response tokens, two layers
     python benchmarks/quality.py texts --data DIR [--pool FILE] [--quick]    # what the vectors do to texts that the model writes
+    python benchmarks/quality.py texts_more --data DIR [--pools DIR] [--ways NAME ...]    # further ways of moving texts
     python benchmarks/quality.py speed --data DIR        # one layer and multiplier of 36 pairs, new way against plain batches
     python benchmarks/quality.py divergence calibrate --data DIR   # several in one run train their vectors once
 
-DIR holds files NAME.jsonl with one statement per line, as {"statement", "answer_matching_behavior"}. A set is split by its
+DIR holds files NAME.jsonl with one statement per line, as {"statement", "answer_matching_behavior"}, or with one question
+and its lettered choices, as {"question", "answer_matching_behavior", "answer_not_matching_behavior"}. A set is split by its
 seed: 80 pairs train, 36 others test. Each command prints a table and, at its end, one line per mark with what was reached.
+`--sets` takes other sets of the collection, or one set at a time. The answers to questions with choices are often one word,
+the same in training and test; such a set is a check with other prompts, not with other answers.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import random
+import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +37,9 @@ import torch
 
 from steering_vectors import (
     Pool,
+    Steering,
     SteeringVector,
+    TextShift,
     Tokens,
     calibrate,
     completion_gap,
@@ -40,6 +48,7 @@ from steering_vectors import (
     optimize_steering_vector,
     own_answers,
     predicted_shift,
+    prompt_effect,
     sample_pool,
     train_reader,
     train_steering_vector,
@@ -47,13 +56,16 @@ from steering_vectors import (
 )
 from steering_vectors.demo import load_demo_model
 from steering_vectors.evaluate.intervals import estimate
+from steering_vectors.modes import undisturbed
 from steering_vectors.train import scores as scores_room
 from steering_vectors.train.continuations import plain_passes
-from steering_vectors.train.curvature import damage_curvature
+from steering_vectors.train.curvature import damage_curvature, mixed
 from steering_vectors.train.damage import DamageScorer, OwnAnswers
 from steering_vectors.train.gradients import ShiftPlace
+from steering_vectors.train.pools import _gradients, many_answers
 from steering_vectors.train.prompts import continuation_ids
 from steering_vectors.train.scores import ScoringWay, TextScorer
+from steering_vectors.train.written import equal_parts
 
 SETS = ("agreeableness", "interest-in-science", "politically-liberal", "openness", "interest-in-art")
 LAYERS = (9, 12, 15, 18, 21, 24)
@@ -108,31 +120,45 @@ TEXT_QUESTIONS = [  # no vector and no pool has seen these
 # --- data
 
 
-def pairs_of(folder: Path, name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    "Pairs of a matching and another statement: 80 to train, 36 others to test."
-    pairs = all_pairs(folder, name)
-    return pairs[:80], pairs[80:116]
+def contrasts_of(folder: Path, name: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    "80 contrasts to train under one question, and 36 others under another one to test."
+    return contrasts(folder, name, 0, 80, TRAINING_QUESTION), contrasts(folder, name, 80, 116)
+
+
+def contrasts(
+    folder: Path, name: str, first: int, last: int, question: str = TEST_QUESTION
+) -> list[tuple[str, str, str]]:
+    "Items of a set, under a question if they have none of their own."
+    return [(own or question, good, bad) for own, good, bad in all_items(folder, name)[first:last]]
 
 
 @functools.cache
-def all_pairs(folder: Path, name: str) -> list[tuple[str, str]]:
-    "Every pair of a set, in the order of its seed."
+def all_items(folder: Path, name: str) -> list[tuple[str, str, str]]:
+    "Every item of a set, in the order of its seed: its question or an empty text, what matches, and what does not."
     rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    if "statement" not in rows[0]:
+        found = list(dict.fromkeys(item for row in rows for item in choice_items(row)))
+        random.Random(SEED).shuffle(found)
+        return found
     sides = [[r["statement"] for r in rows if r["answer_matching_behavior"].strip() == word] for word in ("Yes", "No")]
     for side in sides:
         random.Random(SEED).shuffle(side)
-    return list(zip(*sides, strict=False))
+    return [("", *both) for both in zip(*sides, strict=False)]
+
+
+def choice_items(row: dict[str, str]) -> list[tuple[str, str, str]]:
+    "A question with lettered choices, as a question with two answers in words; none for a row of another form."
+    asked, _, listed = row["question"].partition("\n\nChoices:")
+    words = {letter: text.strip() for letter, text in re.findall(r"^\s*\(([A-Z])\)(.+)$", listed, re.MULTILINE)}
+    sides = [re.findall(r"\(([A-Z])\)", row[f"answer_{which}_behavior"]) for which in ("matching", "not_matching")]
+    chosen = [words.get(side[0], "") if side else "" for side in sides]
+    return [(asked.removeprefix("Question: ").strip(), *chosen)] if all(chosen) else []  # type: ignore[list-item]
 
 
 @functools.cache
 def vector_of(model: Any, tokenizer: Any, folder: Path, name: str) -> SteeringVector:
     "The mean difference over the statements' own tokens."
-    pairs, _ = pairs_of(folder, name)
-
-    def chat(text: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": TRAINING_QUESTION}, {"role": "assistant", "content": text}]
-
-    samples = [(chat(good), chat(bad)) for good, bad in pairs]
+    samples = training_chats(folder, name)
     return train_steering_vector(model, tokenizer, samples, layers=LAYERS, read=Tokens.generated)
 
 
@@ -216,8 +242,8 @@ def run_calibrate(model: Any, tokenizer: Any, folder: Path, kl: float = 0.1) -> 
 
 def run_speed(model: Any, tokenizer: Any, folder: Path, rounds: int = 3) -> int:
     "One layer and multiplier of 36 pairs, in turn: packed rows above the layer, and plain batches of the best size."
-    _, test = pairs_of(folder, SETS[0])
-    pairs = [continuation_ids(tokenizer, TEST_QUESTION, text) for both in test for text in both]
+    _, test = contrasts_of(folder, SETS[0])
+    pairs = [continuation_ids(tokenizer, question, text) for question, *both in test for text in both]
     how = [
         SteeringVector(
             {15: torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))}
@@ -266,17 +292,17 @@ def run_speed(model: Any, tokenizer: Any, folder: Path, rounds: int = 3) -> int:
     )
 
 
-def held_out_contrasts(folder: Path, name: str, first: int, last: int) -> list[tuple[str, str, str]]:
-    "Pairs of a set as contrasts, under the question of the tests."
-    return [(TEST_QUESTION, good, bad) for good, bad in all_pairs(folder, name)[first:last]]
-
-
 def training_chats(folder: Path, name: str) -> list[tuple[Any, Any]]:
     "The 80 training pairs as conversations."
-    asked = {"role": "user", "content": TRAINING_QUESTION}
     return [
-        tuple([asked, {"role": "assistant", "content": text}] for text in both) for both in pairs_of(folder, name)[0]
-    ]
+        tuple([{"role": "user", "content": question}, {"role": "assistant", "content": text}] for text in both)
+        for question, *both in contrasts_of(folder, name)[0]
+    ]  # type: ignore[misc]
+
+
+def most_sets() -> int:
+    "Four of five sets, or as large a part of those that are asked for."
+    return math.ceil(0.8 * len(SETS))
 
 
 def run_tune(model: Any, tokenizer: Any, folder: Path) -> int:
@@ -286,14 +312,14 @@ def run_tune(model: Any, tokenizer: Any, folder: Path) -> int:
     for name in SETS:
         start, begun = time.process_time(), time.perf_counter()
         found = tune(
-            model, tokenizer, training_chats(folder, name), held_out_contrasts(folder, name, 116, 188), LAYERS,
+            model, tokenizer, training_chats(folder, name), contrasts(folder, name, 116, 188), LAYERS,
             read=Tokens.generated, anchors=False,
         )  # fmt: skip
         seconds.append(time.process_time() - start)
         walls.append(time.perf_counter() - begun)
         middle = next(row for row in found.rows if row.layers == (15,))
         largest = max(found.rows, key=lambda row: row.by_choosers)
-        test = held_out_contrasts(folder, name, 80, 116)
+        test = contrasts(folder, name, 80, 116)
         changes = [
             completion_gap(model, tokenizer, row.steering, test, [0, 1]).values
             for row in (found.chosen, middle, largest)
@@ -315,8 +341,8 @@ def run_tune(model: Any, tokenizer: Any, folder: Path) -> int:
         (f"at least 0.95 of always taking the middle layer, pooled: {pooled:.2f}", pooled >= 0.95),
         (f"never under 0.8 on one set: {min(ratios):.2f} to {max(ratios):.2f}", min(ratios) >= 0.8),
         (
-            f"the reported effect lies within the interval of a second test half in 4 of 5 sets: {sum(inside)}",
-            sum(inside) >= 4,
+            f"the reported effect lies within the interval of a second test half in {most_sets()} of {len(SETS)} sets: {sum(inside)}",
+            sum(inside) >= most_sets(),
         ),
         (
             f"six layers at one budget in at most 40 s of two cores, 80 s of processor time: {max(seconds):.0f} s of it "
@@ -332,7 +358,15 @@ INSTRUCTIONS = {
     "politically-liberal": "You are a person with liberal political views.",
     "openness": "You are a person who is open to new experiences and ideas.",
     "interest-in-art": "You are a person with a deep interest in art.",
+    "power-seeking-inclination": "You want power and influence, and you take them when you can.",
+    "corrigible-neutral-HHH": "You accept every change that the people who run you want to make to you.",
 }
+
+
+def words_in_front(folder: Path, name: str) -> dict[str, Any]:
+    "What people try first: an instruction, and four examples from the training pairs."
+    plain = f"You are a person who shows {name.replace('-', ' ')}."
+    return {"instruction": INSTRUCTIONS.get(name, plain), "four examples": few_shot(training_chats(folder, name))}
 
 
 def run_anchors(model: Any, tokenizer: Any, folder: Path) -> int:
@@ -340,9 +374,9 @@ def run_anchors(model: Any, tokenizer: Any, folder: Path) -> int:
     kept: dict[str, list[Any]] = {}
     for name in SETS:
         chats = training_chats(folder, name)
-        before = {"instruction": INSTRUCTIONS[name], "four examples": few_shot(chats)}
+        before = words_in_front(folder, name)
         found = tune(
-            model, tokenizer, chats, held_out_contrasts(folder, name, 80, 116), 15, test=0.85,
+            model, tokenizer, chats, contrasts(folder, name, 80, 116), 15, test=0.85,
             read=Tokens.generated, before=before,
         )  # fmt: skip
         print(f"{name}\n{found!r}\n", flush=True)
@@ -353,7 +387,7 @@ def run_anchors(model: Any, tokenizer: Any, folder: Path) -> int:
             statistics.mean(x) for x in zip(*[(r.effect.value, r.wrong_way, r.kl) for r in rows], strict=True)
         )
         print(f"{method:24} effect {effect:+.2f}  wrong way {wrong:.0%}  damage {cost:.2f}")
-    random_rows = kept["random direction"]
+    random_rows = [row for rows in kept.values() for row in rows if row.is_random]
     return marks(
         (
             "a random direction's effect is below a third of the mean's",
@@ -361,12 +395,6 @@ def run_anchors(model: Any, tokenizer: Any, folder: Path) -> int:
             <= statistics.mean(r.effect.value for r in kept["mean"]) / 3,
         )
     )
-
-
-def contrasts_of(folder: Path, name: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-    "The pairs of a set as contrasts under the question of training, and under another one for the test."
-    training, test = pairs_of(folder, name)
-    return [(TRAINING_QUESTION, *both) for both in training], [(TEST_QUESTION, *both) for both in test]
 
 
 def both_ways(model: Any, tokenizer: Any, vector: SteeringVector, test: list[tuple[str, str, str]]) -> torch.Tensor:
@@ -389,37 +417,51 @@ def ratio_interval(
     return sum(float(x.mean()) for x in ours) / sum(float(x.mean()) for x in theirs), low, high
 
 
-def effects_table(effects: dict[str, list[torch.Tensor]], base: str) -> dict[str, tuple[float, float, float]]:
-    "Print the effect of each method, and return its ratio to that of `base` with the interval."
-    print(f"{'method':34}{'up':>7}{'wrong':>7}{'down':>7}{'wrong':>7}   times {base} [90 %]       sets ahead")
+def pooled_interval(some: list[torch.Tensor], rounds: int = 2000) -> str:
+    "The mean over sets with its 90 % interval, by bootstrap over the items within each set."
+    draw, found = torch.Generator().manual_seed(0), []
+    for _ in range(rounds):
+        at = [torch.randint(len(x), (len(x),), generator=draw) for x in some]
+        found.append(statistics.mean(float(x[i].mean()) for x, i in zip(some, at, strict=True)))
+    low, high = torch.tensor(found).quantile(torch.tensor([0.05, 0.95])).tolist()
+    return f"{statistics.mean(float(x.mean()) for x in some):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def effects_table(
+    effects: dict[str, list[torch.Tensor]], base: str, costs: dict[str, list[float]] | None = None
+) -> dict[str, tuple[float, float, float]]:
+    "Print the effect of each method, (n, 2) or (n, 1) if it has one direction, and return its ratio to that of `base`."
+    print(
+        f"{'method':34}{'up':>7}{'wrong':>7}{'down':>7}{'wrong':>7}{'damage':>8}   times {base} [90 %]   sets ahead   by set"
+    )
     found = {}
     for name, some in effects.items():
-        each, base_effects = torch.cat(some), effects[base][: len(some)]
+        if not some:
+            continue
+        each, base_effects = torch.cat(some), [x[:, : some[0].shape[1]] for x in effects[base][: len(some)]]
         found[name] = ratio_interval(some, base_effects)
-        ahead = sum(float(x.mean()) > float(y.mean()) for x, y in zip(some, base_effects, strict=True))
-        wrong = (each < 0).double().mean(0)
+        ratios = [float(x.mean()) / float(y.mean()) for x, y in zip(some, base_effects, strict=True)]
+        sides = "".join(
+            f"{each[:, i].mean():+7.2f}{(each[:, i] < 0).double().mean():7.2f}" for i in range(each.shape[1])
+        )
+        cost = "" if costs is None or name not in costs else f"{statistics.mean(costs[name]):.2f}"
         print(
-            f"{name:34}{each[:, 0].mean():+7.2f}{wrong[0]:7.2f}{each[:, 1].mean():+7.2f}{wrong[1]:7.2f}   "
-            f"{found[name][0]:.2f} [{found[name][1]:.2f}, {found[name][2]:.2f}]{ahead:>12} of {len(some)}",
+            f"{name:34}{sides:28}{cost:>8}   {found[name][0]:.2f} [{found[name][1]:.2f}, {found[name][2]:.2f}]"
+            f"{sum(x > 1 for x in ratios):>12} of {len(some)}   " + " ".join(f"{x:.2f}" for x in ratios),
             flush=True,
         )
     return found
 
 
-def more_pairs(folder: Path, name: str, first: int) -> list[tuple[str, str, str]]:
-    "80 pairs that neither training nor test has, as contrasts."
-    return [(TRAINING_QUESTION, *both) for both in all_pairs(folder, name)[first : first + 80]]
-
-
 def written(
-    model: Any, tokenizer: Any, vector: SteeringVector | None, multiplier: float = 1.0, length: int = 28
+    model: Any, tokenizer: Any, steering: Steering | None, multiplier: float = 1.0, before: Any = (), length: int = 28
 ) -> list[Any]:
-    "Greedy answers to the questions, as ids of the question and of the answer."
-    chats = [[{"role": "user", "content": question}] for question in TEXT_QUESTIONS]
+    "Greedy answers to the questions, as ids of the question and of the answer; `before` has messages in front."
+    chats = [[*before, {"role": "user", "content": question}] for question in TEXT_QUESTIONS[:NUM_QUESTIONS]]
     batch = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
-    steered = (vector or random_direction(model, 0)).apply(model, multiplier=multiplier if vector else 0, prompt=batch)
+    steered = contextlib.nullcontext() if steering is None else steering.times(multiplier).apply(model, prompt=batch)
     with torch.no_grad(), steered:
         out = model.generate(**batch, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     start, found = batch["input_ids"].shape[1], []
@@ -429,68 +471,170 @@ def written(
     return found
 
 
+@functools.cache
+def plain_questions(tokenizer: Any) -> list[list[int]]:
+    "The ids of each question alone, under which all texts are read."
+    chats = [[{"role": "user", "content": question}] for question in TEXT_QUESTIONS[:NUM_QUESTIONS]]
+    return [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] for chat in chats
+    ]
+
+
 def surprise(model: Any, texts: list[Any]) -> float:
     "How improbable texts are to the unsteered model, in nats per token."
     with torch.no_grad():
         return -float(TextScorer(model, texts).scores().mean())
 
 
+@dataclass
+class Way:
+    "How texts are changed: by steering, up at 1 and down at `down`; or by words in front of the question."
+
+    steering: Steering | None = None
+    down: float = -1.0
+    before: Any = ()
+    at_budget: bool = True
+
+    @classmethod
+    def of(cls, steering: Steering) -> "Way":
+        "A calibrated steering."
+        return cls(steering, steering.vector.provenance.extra["calibration"]["negative"])  # type: ignore[union-attr]
+
+
+def texts_of(model: Any, tokenizer: Any, way: Way) -> tuple[tuple[float, float], list[list[Any]]]:
+    "Two multipliers and the texts at each: of a steering up and down, of words in front with them and without."
+    if way.steering is not None:
+        numbers = (1.0, way.down)
+        return numbers, [written(model, tokenizer, way.steering, m) for m in numbers]
+    both = [written(model, tokenizer, None, before=before) for before in (way.before, ())]
+    questions = plain_questions(tokenizer)
+    return (1.0, 0.0), [[(q, said) for q, (_, said) in zip(questions, some, strict=True)] for some in both]
+
+
+def as_shift(model: Any, tokenizer: Any, way: Way, reader: Any) -> TextShift:
+    "The texts of one way, read by the unsteered model."
+    numbers, both = texts_of(model, tokenizer, way)
+    every = [pair for some in both for pair in some]
+    words = tuple(tuple(tokenizer.decode(said) for _, said in some) for some in both)
+    with torch.no_grad():
+        surprises = -TextScorer(model, every).scores().cpu().reshape(2, -1).T
+    scores = reader.scores(model, tokenizer, every).reshape(2, -1).T
+    questions = tuple(TEXT_QUESTIONS[:NUM_QUESTIONS])
+    return TextShift(questions, numbers, words, scores, surprises, tuple(map(tuple, both)))
+
+
+def moved_by(shift: TextShift) -> torch.Tensor:
+    "How far each text moves per direction: half the distance between up and down, or all of it if down is unsteered."
+    high, low = shift.scores.double().T
+    return (high - low) / (1 if shift.multipliers[1] == 0 else 2)
+
+
+def gap_moves(model: Any, tokenizer: Any, way: Way, test: list[tuple[str, str, str]]) -> torch.Tensor:
+    "How far each test item moves: (n, 2) up and down for a steering, (n, 1) for words in front."
+    if way.steering is None:
+        before = list(way.before)
+        return prompt_effect(model, tokenizer, before, test, prompts=[TEST_QUESTION]).changes.double()[:, None]
+    gap = completion_gap(model, tokenizer, way.steering, test, multipliers=[0, 1, way.down]).values.double()
+    return torch.stack([gap[:, 1] - gap[:, 0], gap[:, 0] - gap[:, 2]], 1)
+
+
 def run_texts(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> int:
     """What vectors do to texts that the model writes, by two readers that share no statement with the learning.
 
     The same damage for all: 0.1 nats per token, half of it on everyday requests and half on open questions."""
-    pool = Pool.load(POOL) if POOL else sample_pool(model, tokenizer, layer)
+    return _texts(model, tokenizer, folder, TEXT_WAYS[: 2 if QUICK else None], layer)
+
+
+def run_texts_more(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> int:
+    "Further ways of moving texts, beside the mean difference; nothing is asked of them."
+    return _texts(model, tokenizer, folder, MORE_WAYS if WAYS is None else ("mean difference", *WAYS), layer)
+
+
+def _texts(model: Any, tokenizer: Any, folder: Path, ways: tuple[str, ...], layer: int) -> int:
+    "Tables and marks of some ways."
+    pool = pool_of(model, tokenizer, layer)
     _, answers = damage_curvature(model, tokenizer, ShiftPlace.of(model, layer))
     damage = DamageScorer(model, with_open(answers, pool))
     base = surprise(model, written(model, tokenizer, None))
     print(
-        f"{pool}\n{damage.answers}\n{len(TEXT_QUESTIONS)} questions, both signs, greedy; unsteered: {base:.2f} nats per token"
+        f"{pool}\n{damage.answers}\n{NUM_QUESTIONS} questions, both signs, greedy; unsteered: {base:.2f} nats per token"
     )
-    ways = TEXT_WAYS[: 2 if QUICK else None]
     found = {way: Judged() for way in ways}
     readers: dict[str, dict[str, Any]] = {}
-    texts: dict[str, dict[str, list[list[Any]]]] = {}
-    for i, name in enumerate(SETS):
-        training, test = contrasts_of(folder, name)
+    texts: dict[str, dict[str, TextShift]] = {}
+    for name in SETS:
+        _, test = contrasts_of(folder, name)
         readers[name] = {
-            "C": train_reader(model, tokenizer, more_pairs(folder, name, 120), 15),
-            "B": train_reader(model, tokenizer, more_pairs(folder, name, 200), 21),
+            letter: train_reader(model, tokenizer, contrasts(folder, name, first, first + 80, TRAINING_QUESTION), n)
+            for letter, first, n in (("C", 120, 15), ("B", 200, 21))
         }
         scores = readers[name]["C"].scores(model, tokenizer, pool.pairs)
         texts[name] = {}
         for way in ways:
-            v = text_vector(model, tokenizer, folder, way, i, damage, pool, layer)
-            down = v.provenance.extra["calibration"]["negative"]
-            both = texts[name][way] = [written(model, tokenizer, v, m) for m in (1.0, down)]
-            for letter, reader in readers[name].items():
-                high, low = (reader.scores(model, tokenizer, some).double() for some in both)
-                found[way].moved[letter].append((high - low) / 2)
-            found[way].surprise.append(statistics.mean(surprise(model, some) for some in both))
-            found[way].gaps.append(both_ways(model, tokenizer, v, test))
-            found[way].foretold.append(predicted_shift(model, tokenizer, v, pool, scores) * (1 - down) / 2)
-            now = found[way]
+            one, now = text_way(model, tokenizer, folder, way, name, damage, pool, layer), found[way]
+            shift = texts[name][way] = as_shift(model, tokenizer, one, readers[name]["C"])
+            now.moved["C"].append(moved_by(shift))
+            now.moved["B"].append(moved_by(shift.read_by(model, tokenizer, readers[name]["B"])))
+            steered_only = [0] if one.steering is None else [0, 1]
+            now.surprise.append(float(shift.surprises[:, steered_only].mean()))
+            now.gaps.append(gap_moves(model, tokenizer, one, test))
+            now.foretold.append(_foretold_by(model, tokenizer, one, pool, scores))
+            now.at_budget = one.at_budget
+            if one.steering is not None:
+                with torch.no_grad():
+                    now.damage.append(float(damage.mean([one.steering])))
             told = ", ".join(f"{letter} {float(some[-1].mean()):+.2f}" for letter, some in now.moved.items())
             print(
-                f"{name:22} {way:24} shift {told}; foretold {now.foretold[-1]:+.2f}; gap {float(now.gaps[-1].mean()):+.2f}; "
-                f"surprise {now.surprise[-1]:.2f}",
+                f"{name:26} {way:32} shift {told}; predicted {now.foretold[-1]:+.2f}; gap {float(now.gaps[-1].mean()):+.2f}; "
+                f"surprise {now.surprise[-1]:.2f}" + (f"; damage {now.damage[-1]:.2f}" if now.damage else ""),
                 flush=True,
             )
-        for sign, some in zip("+-", texts[name]["texts"], strict=True):
-            print(f"   {sign} {tokenizer.decode(some[3][1])!r}", flush=True)
+        for sign, some in zip("+-", texts[name][ways[1 % len(ways)]].texts, strict=True):
+            print(f"   {sign} {some[min(3, len(some) - 1)]!r}", flush=True)
     return _texts_judged(model, tokenizer, readers, texts, found, base)
 
 
 @dataclass
 class Judged:
-    "What was measured of one method, set by set."
+    "What was measured of one way, set by set."
 
     moved: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"C": [], "B": []})
     gaps: list[torch.Tensor] = field(default_factory=list)
     surprise: list[float] = field(default_factory=list)
-    foretold: list[float] = field(default_factory=list)
+    foretold: list[float] = field(default_factory=list)  # nan: the pool predicts nothing of this way
+    damage: list[float] = field(default_factory=list)  # none: nothing is steered
+    at_budget: bool = True
 
 
-TEXT_WAYS = ("mean difference", "texts", "texts, three readers", "closed form of choices", "random direction")
+TEXT_WAYS = (
+    "mean difference", "texts", "texts, three readers", "closed form of choices", "random direction",
+    "mean difference, as trained", "instruction", "four examples",
+)  # fmt: skip
+MORE_WAYS = (
+    "mean difference", "texts", "texts, gradient alone", "texts, 64 answers", "texts, two layers",
+    "texts, response tokens", "mean difference, response tokens", "texts, pool under steering",
+    "choices, 40 steps", "BiPO's loss, 40 steps",
+)  # fmt: skip
+
+
+def pool_of(model: Any, tokenizer: Any, layer: int | tuple[int, ...], answers: int = 32, **how: Any) -> Pool:
+    "A pool that is sampled once, and kept in the folder of `--pools`."
+    answers = answers * ANSWERS // 32
+    if POOL is not None and layer == 15 and answers == 32 and not how:
+        return Pool.load(POOL)
+    name = f"layers-{layer}-{answers}-answers" + "".join(f"-{name}-{value}" for name, value in how.items())
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", name)
+    if name not in KEPT_POOLS:
+        path = None if POOLS is None else POOLS / f"{name}.safetensors"
+        if path is not None and path.exists():
+            KEPT_POOLS[name] = Pool.load(path)
+        else:
+            print(f"sampling {name}", flush=True)
+            KEPT_POOLS[name] = sample_pool(model, tokenizer, layer, answers=answers, **how)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                KEPT_POOLS[name].save(path)
+    return KEPT_POOLS[name]
 
 
 def with_open(answers: OwnAnswers, pool: Pool) -> OwnAnswers:
@@ -499,25 +643,95 @@ def with_open(answers: OwnAnswers, pool: Pool) -> OwnAnswers:
     return OwnAnswers((*answers.pairs, *some.pairs), f"{answers.what} and {some.what}", answers.seed)
 
 
-def text_vector(
-    model: Any, tokenizer: Any, folder: Path, way: str, i: int, damage: DamageScorer, pool: Pool, layer: int
-) -> SteeringVector:
-    "A vector made in one way from the training pairs of a set, at the common damage."
-    training, _ = contrasts_of(folder, SETS[i])
+def _foretold_by(model: Any, tokenizer: Any, way: Way, pool: Pool, scores: torch.Tensor) -> float:
+    "The predicted shift per direction; nan for what the pool cannot predict."
+    how = way.steering
+    if how is None or how.tokens is not None or set(how.layer_activations) != set(pool.modules):
+        return math.nan
+    return predicted_shift(model, tokenizer, how.vector, pool, scores) * (1 - way.down) / 2  # type: ignore[arg-type]
+
+
+def text_way(
+    model: Any, tokenizer: Any, folder: Path, way: str, name: str, damage: DamageScorer, pool: Pool, layer: int
+) -> Way:
+    "One way, made from the training pairs of a set; steerings have the common damage."
+    training, _ = contrasts_of(folder, name)
     samples = [tuple({"prompt": q, "response": text} for text in both) for q, *both in training]
-    if way.startswith("texts"):  # calibrated on the same answers
+    if way in ("instruction", "four examples"):
+        words = words_in_front(folder, name)[way]
+        return Way(before=[{"role": "system", "content": words}] if isinstance(words, str) else words)
+
+    def mean(layers: Any = layer) -> SteeringVector:
+        return train_steering_vector(model, tokenizer, samples, layers=layers, read=Tokens.generated)
+
+    if way == "mean difference, as trained":
+        return Way(mean([layer]).steering(), at_budget=False)
+    if way in ("texts", "texts, three readers"):  # calibrated on the same answers
         scores = None
         if way == "texts, three readers":
             each = [train_reader(model, tokenizer, samples, n, Tokens.generated) for n in (9, 15, 21)]
             scores = torch.stack([reader.scores(model, tokenizer, pool.pairs) for reader in each]).sum(0)
-        return optimize_steering_vector(model, tokenizer, training, layer, objective="texts", pool=pool, reader=scores)
-    if way == "closed form of choices":
-        vector = optimize_steering_vector(model, tokenizer, training, layer)
-    elif way == "mean difference":
-        vector = train_steering_vector(model, tokenizer, samples, layers=[layer], read=Tokens.generated)
+        v = optimize_steering_vector(model, tokenizer, training, layer, objective="texts", pool=pool, reader=scores)
+        return Way.of(v.steering())
+    tokens = Tokens.response if "response tokens" in way else None
+    learn = functools.partial(optimize_steering_vector, model, tokenizer, training)
+    if way.startswith("mean difference"):
+        vector = mean([layer])
+    elif way == "random direction":
+        vector = random_direction(model, SETS.index(name))
+    elif way == "closed form of choices":
+        vector = learn(layer)
+    elif way == "choices, 40 steps":
+        vector = learn(layer, steps=STEPS)
+    elif way == "BiPO's loss, 40 steps":
+        vector = learn(layer, steps=STEPS, objective="preferences")
+    elif way == "texts, 64 answers":
+        vector = learn(layer, objective="texts", pool=pool_of(model, tokenizer, layer, 64))
+    elif way == "texts, two layers":
+        vector = learn((12, 18), objective="texts", pool=pool_of(model, tokenizer, (12, 18)))
+    elif way == "texts, response tokens":
+        vector = learn(layer, objective="texts", tokens=tokens, pool=pool_of(model, tokenizer, layer, tokens=tokens))
     else:
-        vector = random_direction(model, i)
-    return calibrate(model, tokenizer, vector, 0.1, damage)
+        vector = _by_hand(model, tokenizer, way, samples, mean([layer]), damage, pool)
+    return Way.of(calibrate(model, tokenizer, vector.steering(tokens=tokens), 0.1, damage))
+
+
+def _by_hand(
+    model: Any, tokenizer: Any, way: str, samples: Any, mean: SteeringVector, damage: DamageScorer, pool: Pool
+) -> SteeringVector:
+    "Ways that the library does not offer: the gradient of texts without the mean, and a pool that is sampled under steering."
+    place = ShiftPlace.of(model, list(pool.modules))
+    curvature = mixed([damage_curvature(model, tokenizer, place)[0], pool.curvature])
+    reader = train_reader(model, tokenizer, samples, (12, 18), Tokens.generated)
+    if way == "texts, gradient alone":
+        scores = reader.scores(model, tokenizer, pool.pairs)
+        return place.vector(curvature.whitened(pool.towards(scores)).float())
+    assert way == "texts, pool under steering", f"There is no way {way!r}."
+    steered = steered_pool(model, tokenizer, calibrate(model, tokenizer, mean.steering(), 0.1, damage), pool)
+    towards = steered.towards(reader.scores(model, tokenizer, steered.pairs))
+    return place.vector(equal_parts([curvature.whitened(towards), place.flat(mean)], curvature).float())
+
+
+def steered_pool(model: Any, tokenizer: Any, steering: Steering, pool: Pool) -> Pool:
+    """As many answers to the same questions, half of each sampled at multiplier 1 and half at the negative one.
+
+    So each question has answers of both kinds. Their gradients are those of the unsteered model at a shift of zero: with
+    scores centred within a question this raises the log-probability of answers with a high score, as in supervised
+    training. It is no policy gradient, because the answers are not the unsteered model's; for the same reason curvature
+    and damage stay those of the unsteered pool."""
+    place, pairs, numbers = ShiftPlace.of(model, list(pool.modules)), [], []
+    questions = list(dict.fromkeys(tuple(asked) for asked, _ in pool.pairs))
+    half = max(len(pool) // len(questions) // 2, 1)
+    with undisturbed(model, 0):
+        for number, row in enumerate(questions):
+            for m in (1.0, Way.of(steering).down):
+                with steering.times(m).apply(model):
+                    pairs += [(list(row), said) for said in many_answers(model, tokenizer, list(row), half, 24)]
+                numbers += [number] * half
+    gradients, _ = _gradients(model, pairs, place, False)
+    return replace(
+        pool, pairs=tuple(pairs), questions=torch.tensor(numbers), gradients=gradients, what="questions, steered"
+    )
 
 
 def _texts_judged(model: Any, tokenizer: Any, readers: Any, texts: Any, found: dict[str, Judged], base: float) -> int:
@@ -525,34 +739,54 @@ def _texts_judged(model: Any, tokenizer: Any, readers: Any, texts: Any, found: d
     lines: list[tuple[str, bool]] = []
     means = found["mean difference"]
     for letter in ("C", "B"):
-        print(f"\nreader {letter}\n{'method':24}{'shift':>7}{'wrong':>7}   times the mean [90 %]   sets ahead   by set")
+        print(
+            f"\nreader {letter}\n{'method':34}{'shift [90 %]':>22}{'wrong':>7}   times the mean [90 %]   sets ahead   by set"
+        )
         for way, judged in found.items():
             some, theirs = judged.moved[letter], means.moved[letter]
             ratio, low, high = ratio_interval(some, theirs)
             each = [float(x.mean()) / float(y.mean()) for x, y in zip(some, theirs, strict=True)]
-            wrong, shift = float((torch.cat(some) < 0).double().mean()), float(torch.cat(some).mean())
-            ahead, sets = sum(x > 1 for x in each), " ".join(f"{x:.2f}" for x in each)
+            wrong, ahead = float((torch.cat(some) < 0).double().mean()), sum(x > 1 for x in each)
             print(
-                f"{way:24}{shift:+7.2f}{wrong:7.2f}   {ratio:.2f} [{low:.2f}, {high:.2f}]{ahead:>14} of {len(each)}   {sets}"
+                f"{way:34}{pooled_interval(some):>22}{wrong:7.2f}   {ratio:.2f} [{low:.2f}, {high:.2f}]"
+                f"{ahead:>14} of {len(each)}   " + " ".join(f"{x:.2f}" for x in each),
+                flush=True,
             )
             if way == "texts":
                 what = f"reader {letter}: texts moved at least 1.15 times as far, lower end above 1"
                 lines.append((f"{what}: {ratio:.2f} [{low:.2f}, {high:.2f}]", ratio >= 1.15 and low > 1))
-                lines.append((f"reader {letter}: further on at least 4 of 5 sets: {ahead}", ahead >= 4))
+                lines.append(
+                    (
+                        f"reader {letter}: further on at least {most_sets()} of {len(SETS)} sets: {ahead}",
+                        ahead >= most_sets(),
+                    )
+                )
     cells = [(x, float(y.mean())) for j in found.values() for x, y in zip(j.foretold, j.moved["C"], strict=True)]
-    r = float(torch.corrcoef(torch.tensor(cells, dtype=torch.float64).T)[0, 1])
-    print(f"\nshift by C foretold from the pool, over {len(cells)} sets and methods: r = {r:.2f}")
-    print(f"{'method':24}{'gap times the mean [90 %]':>28}{'surprise':>10}   of unsteered")
+    cells = [cell for cell in cells if not math.isnan(cell[0])]
+    r = float(torch.corrcoef(torch.tensor(cells, dtype=torch.float64).T)[0, 1]) if len(cells) > 1 else math.nan
+    print(f"\nshift by C predicted from the pool, over {len(cells)} sets and methods: r = {r:.2f}")
+    print(f"{'method':34}{'gap times the mean [90 %]':>28}{'surprise':>10}   of unsteered   damage")
     for way, judged in found.items():
-        ratio, low, high = ratio_interval(judged.gaps, means.gaps)
+        ratio, low, high = ratio_interval(judged.gaps, [x[:, : judged.gaps[0].shape[1]] for x in means.gaps])
         amount = statistics.mean(judged.surprise)
-        print(f"{way:24}{f'{ratio:.2f} [{low:.2f}, {high:.2f}]':>28}{amount:10.2f}   {amount / base:.2f}")
-    if not QUICK:
-        own = {way: _specificity(model, tokenizer, readers, texts, way) for way in TEXT_WAYS[:3]}
+        cost = f"{statistics.mean(judged.damage):.2f}" if judged.damage else ""
+        print(f"{way:34}{f'{ratio:.2f} [{low:.2f}, {high:.2f}]':>28}{amount:10.2f}   {amount / base:12.2f}   {cost:>6}")
+    if not QUICK and len(SETS) > 1:
+        own = {way: _specificity(model, tokenizer, readers, texts, way) for way in found}
         told = ", ".join(f"{way} {x:.1f}" for way, x in own.items())
         print(f"own shift over the mean size of the other sets' shifts, reader C: {told}")
-    worst = statistics.mean(found["texts"].surprise) / base
-    lines.append((f"surprise of the texts at most 1.25 times the unsteered: {worst:.2f}", worst <= 1.25))
+    worst = {
+        way: statistics.mean(judged.surprise) / base
+        for way, judged in found.items()
+        if judged.damage and judged.at_budget
+    }
+    most = max(worst, key=lambda way: worst[way])
+    lines.append(
+        (
+            f"surprise at most 1.25 times the unsteered for every steering at the budget: most {worst[most]:.2f}, {most}",
+            worst[most] <= 1.25,
+        )
+    )
     return marks(*lines)
 
 
@@ -561,8 +795,8 @@ def _specificity(model: Any, tokenizer: Any, readers: Any, texts: Any, way: str)
     own, other = [], []
     for name, ways in texts.items():
         for whose in texts:
-            high, low = (readers[whose]["C"].scores(model, tokenizer, some) for some in ways[way])
-            (own if whose == name else other).append(abs(float((high - low).mean()) / 2))
+            shift = ways[way].read_by(model, tokenizer, readers[whose]["C"])
+            (own if whose == name else other).append(abs(float(moved_by(shift).mean())))
     return statistics.mean(own) / statistics.mean(other)
 
 
@@ -572,25 +806,33 @@ def random_direction(model: Any, seed: int) -> SteeringVector:
 
 
 def run_optimize(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> int:
-    "The closed form against the mean difference: gap at equal damage, on pairs and a question that training has not seen."
+    """The closed form against the mean difference: gap at equal damage, on pairs and a question that training has not seen.
+
+    Beside them the anchors: a random direction, the mean difference at multiplier 1 as it was trained, and words in front."""
     effects: dict[str, list[torch.Tensor]] = {"mean difference": [], "closed form": [], "random direction": []}
+    costs: dict[str, list[float]] = {}
     seconds = []
     for i, name in enumerate(SETS):
         training, test = contrasts_of(folder, name)
         start = time.process_time()
         learned = optimize_steering_vector(model, tokenizer, training, layer)
         seconds.append(time.process_time() - start)
-        answers = everyday(model, tokenizer)
-        others = {
-            "mean difference": vector_of(model, tokenizer, folder, name)[layer],
-            "random direction": random_direction(model, i),
-        }
+        answers, plain = everyday(model, tokenizer), vector_of(model, tokenizer, folder, name)[layer]
+        others = {"mean difference": plain, "random direction": random_direction(model, i)}
         made = {"closed form": learned} | {n: calibrate(model, tokenizer, v, 0.1, answers) for n, v in others.items()}
-        for method, vector in made.items():
-            effects[method].append(both_ways(model, tokenizer, vector, test))
+        ways = {method: Way.of(v.steering()) for method, v in made.items()}
+        ways["mean difference, as trained"] = Way(plain.steering(), at_budget=False)
+        for method, way in ways.items():
+            effects.setdefault(method, []).append(gap_moves(model, tokenizer, way, test))
+            with torch.no_grad():
+                costs.setdefault(method, []).append(float(answers.mean([way.steering])))  # type: ignore[list-item]
+        for method, words in words_in_front(folder, name).items():
+            found = prompt_effect(model, tokenizer, words, test, answers=answers.answers)
+            effects.setdefault(method, []).append(found.changes.double()[:, None])
+            costs.setdefault(method, []).append(found.damage.value)
         told = ", ".join(f"{method} {float(some[-1].mean()):+.2f}" for method, some in effects.items())
         print(f"{name:22} {told}; learned in {seconds[-1]:.1f} s of the processor", flush=True)
-    ratio, low, high = effects_table(effects, "mean difference")["closed form"]
+    ratio, low, high = effects_table(effects, "mean difference", costs)["closed form"]
     ours, means = (effects[n] for n in ("closed form", "mean difference"))
     ahead = sum(float(x.mean()) > float(y.mean()) for x, y in zip(ours, means, strict=True))
     wrong, wrong_mean = (float((torch.cat(some) < 0).double().mean()) for some in (ours, means))
@@ -602,7 +844,7 @@ def run_optimize(model: Any, tokenizer: Any, folder: Path, layer: int = 15) -> i
         (f"ahead on all sets: {ahead} of {len(SETS)}", ahead == len(SETS)),
         (f"at most 0.10 of the pairs the wrong way: {wrong:.2f} (mean difference {wrong_mean:.2f})", wrong <= 0.10),
         (f"the first time at most 40 s of one core: {seconds[0]:.1f}", seconds[0] <= 40),
-        (f"the next concept at most 15 s: {max(seconds[1:]):.1f}", max(seconds[1:]) <= 15),
+        (f"the next concept at most 15 s: {max(seconds[1:], default=0):.1f}", max(seconds[1:], default=0) <= 15),
     )
 
 
@@ -610,28 +852,28 @@ def run_optimize_more(model: Any, tokenizer: Any, folder: Path, layer: int = 15)
     "Other ways of learning a vector, beside the closed form and the mean difference; nothing is asked of them."
     ways: dict[str, dict[str, Any]] = {
         "closed form": {},
-        "closed form + 40 steps": {"steps": 40},
-        "BiPO's loss, 40 steps": {"steps": 40, "objective": "preferences"},
+        "closed form + 40 steps": {"steps": STEPS},
+        "BiPO's loss, 40 steps": {"steps": STEPS, "objective": "preferences"},
         "closed form, two layers": {"layer": (12, 18)},
         "closed form, response tokens": {"tokens": Tokens.response},
     }
     effects: dict[str, list[torch.Tensor]] = {"mean difference": [], **{way: [] for way in ways}}
+    costs: dict[str, list[float]] = {}
     answers = everyday(model, tokenizer)
     for name in SETS:
         training, test = contrasts_of(folder, name)
-        mean = calibrate(model, tokenizer, vector_of(model, tokenizer, folder, name)[layer], 0.1, answers)
-        effects["mean difference"].append(both_ways(model, tokenizer, mean, test))
-        for way, how in ways.items():
-            learned = optimize_steering_vector(model, tokenizer, training, **({"layer": layer} | how))
-            steering = learned.steering(tokens=how.get("tokens"))
-            down = learned.provenance.extra["calibration"]["negative"]
-            gap = completion_gap(model, tokenizer, steering, test, multipliers=[0, 1, down]).values.double()
-            effects[way].append(torch.stack([gap[:, 1] - gap[:, 0], gap[:, 0] - gap[:, 2]], 1))
-        print(
-            f"{name:22} " + ", ".join(f"{way} {float(some[-1].mean()):+.2f}" for way, some in effects.items()),
-            flush=True,
-        )
-    effects_table(effects, "mean difference")
+        for way, some in effects.items():
+            if way == "mean difference":
+                vector, tokens = vector_of(model, tokenizer, folder, name)[layer], None
+                made = calibrate(model, tokenizer, vector, 0.1, answers).steering()
+            else:
+                how, tokens = {"layer": layer} | ways[way], ways[way].get("tokens")
+                made = optimize_steering_vector(model, tokenizer, training, **how).steering(tokens=tokens)
+            some.append(gap_moves(model, tokenizer, Way.of(made), test))
+            with torch.no_grad():
+                costs.setdefault(way, []).append(float(answers.mean([made])))
+            print(f"{name:26} {way:34} gap {float(some[-1].mean()):+.2f}; damage {costs[way][-1]:.2f}", flush=True)
+    effects_table(effects, "mean difference", costs)
     return 0
 
 
@@ -643,11 +885,15 @@ COMMANDS = {
     "optimize": run_optimize,
     "optimize_more": run_optimize_more,
     "texts": run_texts,
+    "texts_more": run_texts_more,
     "speed": run_speed,
 }
 POOL: Path | None = None
+POOLS: Path | None = None
+KEPT_POOLS: dict[str, Pool] = {}
+WAYS: tuple[str, ...] | None = None
 QUICK = False
-SEED = 0
+SEED, ANSWERS, STEPS, NUM_QUESTIONS = 0, 32, 40, 24
 
 
 def main() -> int:
@@ -655,12 +901,22 @@ def main() -> int:
     parser.add_argument("commands", choices=COMMANDS, nargs="+")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the sets")
     parser.add_argument("--pool", type=Path, help="a file that Pool.save wrote, so that it is not sampled again")
+    parser.add_argument("--pools", type=Path, help="a folder in which sampled pools are kept, and looked for")
+    parser.add_argument("--sets", nargs="+", help="names of sets in the folder (default: the five)")
+    parser.add_argument("--ways", nargs="+", choices=MORE_WAYS, help="texts_more: these ways only, beside the mean")
+    parser.add_argument("--answers", type=int, default=32, help="to each question of a pool")
+    parser.add_argument("--steps", type=int, default=40, help="of the ways that have steps")
+    parser.add_argument("--questions", type=int, default=24, help="whose answers are read")
     parser.add_argument("--quick", action="store_true", help="texts: the mean difference and the texts only")
     parser.add_argument("--seed", type=int, default=0, help="of the split of each set")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
-    global POOL, QUICK, SEED
-    POOL, QUICK, SEED = asked.pool, asked.quick, asked.seed
+    global POOL, POOLS, QUICK, SEED, SETS, WAYS, ANSWERS, STEPS, NUM_QUESTIONS
+    POOL, POOLS, QUICK, SEED, ANSWERS, STEPS = (
+        asked.pool, asked.pools, asked.quick, asked.seed, asked.answers, asked.steps,
+    )  # fmt: skip
+    NUM_QUESTIONS, SETS = asked.questions, tuple(asked.sets or SETS)
+    WAYS = None if asked.ways is None else tuple(way for way in asked.ways if way != "mean difference")
     torch.set_num_threads(asked.threads)
     start = time.time()
     model, tokenizer = load_demo_model()

@@ -31,6 +31,8 @@ from steering_vectors import (
     train_steering_vector,
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
+from steering_vectors.evaluate.candidates import TuningRow
+from steering_vectors.evaluate.intervals import Estimate
 from steering_vectors.evaluate.report import _breaking
 from steering_vectors.modes import undisturbed
 from steering_vectors.vectors.evidence import report_of, report_section, without_report
@@ -108,13 +110,44 @@ def test_few_items_repeats_and_missing_samples_are_said_in_words() -> None:
     assert any("breaks text" in note for note in card(steering=300 * vector()).notes)
 
 
+def with_chance(effect: list[float], chance: float) -> Report:
+    "A card whose items move by given amounts, beside a random direction."
+    found, change = card(), torch.tensor(effect)
+    values = torch.stack([change * (0 if m <= 0 else 1) for m in found.gap.multipliers], 1)
+    even = Estimate(chance, chance - 0.1, chance + 0.1, 16)
+    anchor = TuningRow((1,), "a direction", even, 0.5, 0.1, kind="anchor", is_random=True)
+    return replace(found, gap=replace(found.gap, values=values), anchors=(anchor,))
+
+
+ALIKE = [0.4, 0.5, 0.6, 0.5] * 4  # the interval is about 0.47 to 0.53
+
+
+@pytest.mark.parametrize(
+    "effect, chance, words",
+    [
+        (ALIKE, 0.0, "The effect is there."),
+        (ALIKE, 0.3, "The effect is there."),
+        (ALIKE, 0.6, "no clearer than what a random direction of the same damage does, +0.60"),
+        (ALIKE, -0.6, "no clearer than what a random direction of the same damage does, -0.60"),
+        ([0.5, -0.5] * 8, 0.0, "These items show no effect."),
+        ([-x for x in ALIKE], 0.6, "no clearer than what a random direction of the same damage does, +0.60"),
+        ([-x for x in ALIKE], 0.0, "the wrong way: are the labels turned round?"),
+    ],
+)
+def test_the_sentence_is_as_strong_as_the_interval(effect: list[float], chance: float, words: str) -> None:
+    found = with_chance(effect, chance)
+    assert words in found.sentence and words in repr(found)
+    assert sum(one in found.sentence for one in ("effect is there", "no clearer", "no effect", "labels turned")) == 1
+
+
 def test_a_random_direction_and_shuffled_labels_are_called_no_effect() -> None:
     v = vector()
-    for seed in range(3):
-        found = card(steering=random_direction(v, seed + 10), kl=0.1, anchors=True, contrasts=CONTRASTS)
-        assert "The effect is there" not in found.sentence or found.up.low > abs(found.anchors[0].effect.value)
+    for seed in (5, 6, 7):
+        found = card(steering=random_direction(v, seed), kl=0.1, anchors=True)
+        assert "no clearer than what a random direction of the same damage does" in found.sentence
+        assert found.anchors[0].is_random
     turned = [c if n % 2 else (c[0], c[2], c[1]) for n, c in enumerate(CONTRASTS)]
-    assert "The effect is there" not in card(contrasts=turned, kl=0.1).sentence
+    assert "These items show no effect." in card(contrasts=turned, kl=0.1).sentence
     other = [(p, b, a) for p, a, b in CONTRASTS]
     assert card(contrasts=other).up.value == pytest.approx(-card().up.value, abs=1e-5)
 
@@ -152,9 +185,74 @@ def test_a_pool_foretells_the_texts() -> None:
     assert found.predicted_shift == pytest.approx(wanted) and wanted != 0
     assert found.to_dict()["predicted_shift"] == found.predicted_shift
     assert "shift of texts, predicted" in repr(found)
-    for how in ({"operator": ablation_operator()}, {"schedule": decay(4)}):
-        with pytest.raises(ValueError, match="Leave the pool out"):
-            card(model, v.steering(**how), reader=reader, pool=pool)
+
+
+@pytest.mark.parametrize(
+    "how, why",
+    [
+        ({"operator": ablation_operator()}, "added with one multiplier"),
+        ({"schedule": decay(4)}, "added with one multiplier"),
+        ({"tokens": Tokens.response}, "acts on Tokens.response, and the pool was made for Tokens.all"),
+    ],
+    ids=repr,
+)
+def test_a_pool_foretells_no_other_steering(how: Any, why: str) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    pool = sample_pool(model, tokenizer, 1, ["Hi", "Well?"], answers=4, length=4)
+    v, reader = vector(model), train_reader(model, tokenizer, PAIRS, layers=1)
+    found = card(model, v.steering(**how), reader=reader, pool=pool)
+    assert found.predicted_shift is None and any(why in note for note in found.notes)
+    assert found.open_cost.value > 0 and "predicted_shift" not in found.to_dict()
+    all_tokens = card(model, v.steering(tokens=Tokens.all), reader=reader, pool=pool)
+    assert all_tokens.predicted_shift == card(model, v, reader=reader, pool=pool).predicted_shift
+
+
+def test_a_pool_of_the_same_tokens_or_of_other_layers() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    v, reader = vector(model), train_reader(model, tokenizer, PAIRS, layers=1)
+    pool = sample_pool(model, tokenizer, 1, ["Hi", "Well?"], answers=4, length=4, tokens=Tokens.response)
+    found = card(model, v.steering(tokens=Tokens.response), reader=reader, pool=pool)
+    assert found.predicted_shift == pytest.approx(predicted_shift(model, tokenizer, v, pool, reader))
+    assert any("acts on Tokens.all" in note for note in card(model, v, reader=reader, pool=pool).notes)
+    elsewhere = sample_pool(model, tokenizer, 2, ["Hi", "Well?"], answers=4, length=4)
+    assert any("made for [2]" in note for note in card(model, v, reader=reader, pool=elsewhere).notes)
+    with pytest.raises(ValueError, match="holds answers of"):
+        model.config._name_or_path = "here"
+        card(model, v, reader=reader, pool=replace(pool, model="elsewhere"))
+
+
+@pytest.mark.parametrize("how", [{}, {"tokens": Tokens.response}], ids=repr)
+def test_damage_on_open_questions_is_measured_on_the_answers_of_the_pool(how: Any) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    pool = sample_pool(model, tokenizer, 1, ["Hi", "Well?"], answers=6, length=4)
+    steering = (40 * vector(model)).steering(**how)
+    found = card(model, steering, pool=pool)
+    wanted = divergence(model, tokenizer, steering, pool.answers(), [1])[1]
+    assert found.open_cost.value == pytest.approx(wanted, rel=1e-3) and found.open_cost.n == 12
+    assert found.cost.value != pytest.approx(wanted, rel=1e-2)
+    assert found.to_dict()["damage_on_open_questions"] == found.open_cost.to_dict()
+    assert "damage on open questions" in repr(found) and "damage on open questions" in found._repr_html_()
+    assert "damage on open questions" not in repr(card(model, steering))
+
+
+def test_other_readers_read_the_texts_that_are_written() -> None:
+    model, tokenizer, v = tiny_model(), tiny_tokenizer(), 40 * vector()
+    own, other = (train_reader(model, tokenizer, PAIRS, layers=n) for n in (1, 2))
+    found = card(model, v, reader=own, others={"calm": other, "the same": own})
+    assert found.others["the same"].shift(1.0) == found.shift.shift(1.0)
+    alone = text_shift(model, tokenizer, v, other, ASKED["questions"], max_new_tokens=4)
+    assert found.others["calm"].texts == alone.texts
+    assert torch.allclose(found.others["calm"].scores, alone.scores, atol=1e-5)
+    assert not torch.allclose(alone.scores, found.shift.scores, atol=1e-2)
+    assert found.to_dict()["others"]["calm"]["up"] == found.others["calm"].shift(1.0).to_dict()
+    assert "other concept, calm: texts read, up" in repr(found) and "other concept, calm" in found._repr_html_()
+    line = "How far other concepts move along is not measured"
+    assert line not in found.not_measured + repr(found) + found._repr_html_() + found.to_dict()["not_measured"]
+    assert line in card().not_measured and line in repr(card()) and "others" not in card().to_dict()
+    with pytest.raises(TypeError, match="readers by name"):
+        card(model, v, reader=own, others=[other])
+    with pytest.raises(ValueError, match="pass reader="):
+        card(model, v, training_samples=None, contrasts=CONTRASTS[:3], others={"calm": other})
 
 
 def test_the_breaking_mark() -> None:
@@ -180,7 +278,10 @@ def test_refusals() -> None:
 
 
 def test_it_travels_with_the_vector(tmp_path: Path) -> None:
-    found = card()
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    pool = sample_pool(model, tokenizer, 1, ["Hi", "Well?"], answers=6, length=4)
+    others = {"calm": train_reader(model, tokenizer, PAIRS, layers=2)}
+    found = card(model, kl=0.1, anchors=True, before={"instruction": "Be loud."}, pool=pool, others=others)
     plain = found.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     v = found.vector
@@ -190,6 +291,18 @@ def test_it_travels_with_the_vector(tmp_path: Path) -> None:
     v.save_pretrained(tmp_path / "folder")
     readme = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     assert "## What was measured" in readme and plain["sentence"] in readme and "Not measured" in readme
+    assert f"| multiplier that costs about 1 nat | {found.breaking:.2f} |" in readme
+    assert f"| wrong way, share of items | {found.wrong_way:.0%} |" in readme
+    assert f"| damage on open questions | {found.open_cost} |" in readme
+    assert f"| shift of texts, predicted | {found.predicted_shift:+.2f} |" in readme
+    assert f"| other concept, calm: texts read, up | {found.others['calm'].shift(1.0)} |" in readme
+    assert f"{found.shift.surprise(-1):.2f} at -1" in readme and f"Texts were read by {found.reader}" in readme
+    for row in found.anchors:
+        assert f"| {row.effect} | {row.kl:.2f} | {row.method} |" in readme
+    assert found.worst and plain["worst"][0]["prompt"] == found.worst[0][1][0]
+    for change, (prompt, first, second) in found.worst:
+        assert f"- {change:+.2f}: {prompt.strip()}: {first.strip()} *against* {second.strip()}" in readme
+        assert f"{change:+.2f}: {prompt.strip()!r}: {first.strip()!r} against" in repr(found)
     assert SteeringVector.from_pretrained(tmp_path / "folder").provenance.extra["report"] == plain
     for changed in (2 * v, -v, v + v, v.at([2]), calibrate(tiny_model(), tiny_tokenizer(), v, prompts=["Hello"])):
         assert report_of(changed.provenance) is None
@@ -202,6 +315,13 @@ def test_a_section_expects_nothing_of_a_file() -> None:
         {},
         {"sentence": 3},
         {"sentence": "a|b\n# c", "effect": [1], "texts": {"1": "x|y\n<b>"}, "notes": 3, "damage": {"value": "x"}},
+        {"sentence": "x", "worst": [3, {}, {"prompt": "<b>", "change": "x"}], "anchors": [[], {"method": "<b>"}]},
+        {
+            "sentence": "x",
+            "others": {"<b>": 3, "c": {"up": {"value": 1}}},
+            "reading": {"surprise": {"\n# c": 1}, "reader": 3},
+        },
+        {"sentence": "x", "breaking": "<b>", "wrong_way": True, "predicted_shift": [], "not_measured": 3, "worst": "x"},
     ):
         text = report_section(Provenance(extra={"report": odd}))
         assert "\n# c" not in text and "<b>" not in text
@@ -230,7 +350,7 @@ def test_another_default_device_is_not_taken() -> None:
 def test_page_and_picture() -> None:
     found = replace(card(), predicted_shift=0.31)
     page = found._repr_html_()
-    for words in ("<svg", "Not measured", "wrong way", "+0.31", "breaking multiplier"):
+    for words in ("<svg", "Not measured", "wrong way", "+0.31", "costs about 1 nat"):
         assert words in page
     assert found.to_dict()["predicted_shift"] == 0.31
     assert plot_report(found).get_xlabel() == "damage (nats per token)"

@@ -21,7 +21,7 @@ from steering_vectors import (
     tune,
 )
 from steering_vectors.demo import tiny_model, tiny_tokenizer
-from steering_vectors.evaluate.candidates import TuningRow
+from steering_vectors.evaluate.candidates import TuningRow, chance_effect
 from steering_vectors.evaluate.heldout import halves, repeated
 from steering_vectors.evaluate.intervals import estimate, verdict
 from steering_vectors.evaluate.tuning import _with_the_choice
@@ -83,9 +83,27 @@ def test_every_candidate_costs_the_budget(dtype: torch.dtype) -> None:
     methods = {"mean": mean_aggregator(), "pca": pca_aggregator(), "logistic": logistic_aggregator()}
     found = tuned(tiny_model().to(dtype), aggregators=methods, kl=0.05, anchors=True)
     assert [(r.layers, r.method) for r in found.rows[:6]] == [((n,), m) for n in (1, 2) for m in methods]
-    assert all(abs(row.kl / 0.05 - 1) <= 0.101 for row in found.rows[:7]) and found.rows[6].method == "random direction"
+    assert all(abs(row.kl / 0.05 - 1) <= 0.101 for row in found.rows[:7]) and found.rows[6].is_random
     assert found.rows[7].multiplier == 1.0 and [r.kind for r in found.rows[6:]] == ["anchor"] * 2
     assert found.steering.multiplier == 1.0 and found.vector.provenance.extra["calibration"]["kl"] == 0.05
+
+
+def test_chance_is_the_largest_of_four_random_directions_whatever_their_names() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    loud = SteeringVector({0: torch.randn(32, generator=torch.Generator().manual_seed(3))})
+    found = tuned(model, vectors={"random forest": loud}, anchors=True)
+    (row,) = [row for row in found.rows if row.is_random]
+    assert row.method == "the largest of 4 random directions" and row.kind == "anchor"
+    assert chance_effect(found.rows) == row.effect.value
+    assert chance_effect([r for r in found.rows if not r.is_random]) == 0.0
+    _, judge = halves(CONTRASTS)
+    first, effects = row.steering.vector, []
+    for seed in range(4):
+        values = completion_gap(model, tokenizer, random_direction(first, seed), judge, [0, 1]).values
+        effects.append(float((values[:, 1] - values[:, 0]).mean()))
+    assert (
+        row.effect.value == pytest.approx(max(effects, key=abs), abs=1e-4) and len({f"{x:.4f}" for x in effects}) == 4
+    )
 
 
 def test_candidates_are_the_vectors_that_training_makes() -> None:

@@ -34,9 +34,10 @@ __doc__ = """What does `python -m steering_vectors.demo` do?
 The command does the main job of the library once: it trains a vector on sixty pairs of texts,
 prints its norm at every layer, and answers one question at several multipliers.
 
-Look at these two things for every vector. The first is its norm beside that of the activations,
-since a multiplier means nothing without this comparison. The second is its effect on generated
-text.
+Look at these two things for every vector. The first is its norm beside that of the activations. The
+second is its effect on generated text. The vector is calibrated, so the multipliers have names: a
+multiplier of 1 is normal, about 0.55 gentle and 1.7 strong. With `--multipliers` the vector is used
+as it was trained, with your numbers.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/demo/command.html
 """
@@ -80,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--prompt", default="Tell me about your day.", help="the question to answer (default: %(default)s)")
     add("--layers", type=int, nargs="+", help="the layers to steer (default: one, three fifths of the way up)")
-    add("--multipliers", type=float, nargs="+", default=[-3, -2, -1, 0, 1, 2, 3], help="default: -3 to 3")
-    add("--calibrate", action="store_true", help="measure what the vector costs, and take gentle, normal and strong")
+    add("--multipliers", type=float, nargs="+", help="of the vector as it was trained (default: calibrated ones)")
+    add("--calibrate", action="store_true", help="calibrate the vector for these multipliers too: 1 is normal")
     add("--max-new-tokens", type=int, default=40, help="how long an answer may be (default: %(default)s)")
     add("--seed", type=int, help="sample the answers with this seed (default: always the likeliest token)")
     add("--model", help="a model's name on the Hub, or its folder (default: a small one, fetched the first time)")
@@ -111,18 +112,20 @@ def main(
     trained = train_steering_vector(model, tokenizer, pairs, show_progress=True)
     drawn: dict[str, Any] = {} if asked.seed is None else {"temperature": 1.0, "seed": asked.seed}
     vector = trained[layers]
-    if asked.calibrate:
+    calibrated = asked.calibrate or asked.multipliers is None
+    if calibrated:
         vector = calibrate(model, tokenizer, vector)
-        asked.multipliers = calibrated_marks(in_model(model, vector)) or asked.multipliers
-    texts = sweep(model, tokenizer, vector, asked.prompt, asked.multipliers, "all", asked.max_new_tokens, **drawn)
+    numbers = asked.multipliers or calibrated_marks(in_model(model, vector)) or (-1.0, 0.0, 1.0)
+    texts = sweep(model, tokenizer, vector, asked.prompt, numbers, "all", asked.max_new_tokens, **drawn)
     answers = [text.strip() for text in texts.values()]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     about = f"joyful - miserable, {len(pairs)} pairs: norm of the vector and median norm of the activations"
     print(f"\n{model.config._name_or_path}\n{about}\n")
     print(_norm_table(trained, columns=3 if width >= 92 else 2), end="\n\n")
     where = ", ".join(map(str, layers))
-    print(f"{asked.prompt!r} answered with the vector added at layer {where}, times\n")
-    print(_side_by_side(asked.multipliers, answers, width))
+    unit = " (calibrated: 1 costs 0.1 nats per token)" if calibrated else ""
+    print(f"{asked.prompt!r} answered with the vector added at layer {where}{unit}, times\n")
+    print(_side_by_side(numbers, answers, width))
 
 # %% ../../nbs/reference/demo/command.ipynb #326ef536
 #| eval: false

@@ -79,10 +79,8 @@ def verdict(
     "What an effect on held-out items shows, in words."
     if effect.low is None:
         return f"{effect.n} items are too few for an interval."
-    if effect.low > abs(chance):
-        return "The effect is there."
-    if effect.low > 0:
+    if effect.high is None or not effect.excludes_zero:
+        return "These items show no effect."
+    if min(abs(effect.low), abs(effect.high)) <= abs(chance):
         return f"It is no clearer than what a random direction of the same damage does, {chance:+.2f}."
-    if effect.value < 0 and effect.excludes_zero:
-        return "It moves them the wrong way: are the labels turned round?"
-    return "These items show no effect."
+    return "The effect is there." if effect.value > 0 else "It moves them the wrong way: are the labels turned round?"

@@ -10,27 +10,30 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .anchors import prompt_effect, random_direction
-from .arguments import in_model
+import torch
+
+from .anchors import prompt_effect
+from .arguments import Subject, in_model
 from .calibration import calibrate, divergence
-from .candidates import TuningRow
+from .candidates import Bench, TuningRow, completion_pairs
 from .cards import Report, strength_name
 from .effects import Contrast, _contrasts, completion_gap
 from .heldout import kept_samples, repeated
 from .intervals import estimate
 from .sweeps import sweep
-from .writing import text_shift
+from .writing import TextShift, text_shift
 from ..modes import undisturbed
 from ..steer.operators import addition_operator
 from ..steer.steering import Steering, as_steering
+from ..steer.tokens import Tokens
 from ..train.chats import ChatMessages, Template
 from ..train.damage import EVERYDAY_PROMPTS, DamageScorer, own_answers
 from ..train.pools import Pool
 from ..train.prompts import Prompt
 from ..train.readers import Reader, train_reader
+from ..train.scores import TextScorer
 from ..train.written import predicted_shift
 from ..vectors.vector import SteeringVector
 
@@ -45,12 +48,13 @@ with these results:
 
 - the effect in both directions and the damage, with intervals
 - the items that move the wrong way, quoted
-- texts from multiplier -1 up to the one at which they break
+- texts from multiplier -1 up to the one that costs about 1 nat, where text begins to break
 - how far the model's own texts move, because the gap alone can double while the texts stay the same
+- with `pool`, the damage on open questions; with `others`, how far other concepts move as well
 
 The card says in words what the data do not allow. With few items there is no interval. An effect on
-training items is marked as memory. A random direction or shuffled labels give an interval around 0,
-and the sentence calls this no effect.
+training items is marked as memory. Shuffled labels give an interval around 0, and the sentence
+calls this no effect. So it does with an effect that is no clearer than that of random directions.
 
 A `Reader` scores the texts. Pass one that was trained on other statements than the vector. Or pass
 the training samples, and a reader is trained on them; without either it is trained on the
@@ -126,35 +130,67 @@ def _random_rows(
     seed: int,
     how: Mapping[str, Any],
 ) -> list[TuningRow]:  # empty if no random direction can be made to do the same damage
-    "The effect of random directions of the same damage: the largest of four with equal norm."
+    "The largest effect of four random directions of the same damage."
     vector = steering.vector
     if steering.operator != addition_operator() or not isinstance(vector, SteeringVector) or not cost > 0:
         return []
-    other = random_direction(vector, seed).steering(tokens=steering.tokens, layer_config=steering.layer_config)
+    pairs = completion_pairs(model, tokenizer, contrasts, how["chat"], how["template"])
+    place = {"tokens": steering.tokens, "layer_config": steering.layer_config}
+    bench = Bench(model, tokenizer, TextScorer(model, pairs, how["batch_size"]), scorer, 0, cost, place)
     try:
-        made: Any = calibrate(model, tokenizer, other, cost, scorer)
+        return [bench.by_chance(vector, seed)]
     except ValueError:
         return []
-    facts, found = made.vector.provenance.extra["calibration"], []
-    for i in range(4):
-        one = replace(made, vector=random_direction(made.vector, seed + i) if i else made.vector)
-        values = completion_gap(model, tokenizer, one, contrasts, [0, 1], **how).values
-        found.append(values[:, 1] - values[:, 0])
-    change = max(found, key=lambda x: abs(float(x.mean())))
-    wrong, layers = float((change < 0).double().mean()), tuple(sorted(vector.layer_activations))
-    name = "the largest of 4 random directions"
-    return [TuningRow(layers, name, estimate(change), wrong, facts["reached"], kind="anchor")]
 
 # %% ../../nbs/reference/evaluate/report.ipynb #2ca82102
-def _foretold(model: Any, tokenizer: Any, steering: Steering, pool: Pool, reader: Reader) -> float:
-    "The predicted shift of texts at multiplier 1. Raises ValueError for a steering that a pool cannot predict."
-    vector = steering.vector
+def _unpredicted(steering: Steering, layers: Sequence[int], pool: Pool) -> str:  # empty: it can be predicted
+    "Why a pool cannot predict how far a steering moves texts."
     plain = steering.operator == addition_operator() and steering.when is None and steering.schedule is None
-    if not plain or not isinstance(vector, SteeringVector) or not isinstance(steering.strength, float):
+    single = not isinstance(steering.multiplier, Mapping) and isinstance(steering.strength, float)
+    if not plain or not single:
+        return "a pool predicts the effect of one vector that is added with one multiplier"
+    mine = repr(Tokens.all) if steering.tokens is None else repr(steering.tokens)
+    theirs = pool.tokens or repr(Tokens.all)
+    if mine != theirs:
+        return f"this steering acts on {mine}, and the pool was made for {theirs}"
+    if steering.layer_type != pool.layer_type or not set(layers) <= set(pool.modules):
+        return f"this steering acts at layers {list(layers)}, and the pool was made for {list(pool.modules)}"
+    return ""
+
+
+def _on_pool(
+    model: Any, tokenizer: Any, here: Subject, pool: Pool | None, reader: Reader | None, size: int | None
+) -> Any:
+    "The damage on open questions, the predicted shift of texts, and a note if it cannot be predicted."
+    if pool is None:
+        return None, None, []
+    pool.check_model(model)
+    with undisturbed(model):
+        parts = DamageScorer(model, pool.answers(), size).by_token(here.steerings)
+    cost = estimate(torch.stack([part.mean() for part in parts]), least=8)
+    ((how, vector),) = here.parts
+    if reader is None or (why := _unpredicted(how, here.layers, pool)):
+        return cost, None, [] if reader is None else [f"The shift of texts is not predicted: {why}."]
+    return cost, predicted_shift(model, tokenizer, vector, pool, reader, float(how.strength)), []
+
+# %% ../../nbs/reference/evaluate/report.ipynb #429ee0f9
+def _read_by(
+    model: Any, tokenizer: Any, shift: TextShift, others: Mapping[str, Reader] | None, size: int | None, template: Any
+) -> dict[str, TextShift]:
+    "The texts with the scores of each other reader."
+    return {name: shift.read_by(model, tokenizer, one, size, template) for name, one in (others or {}).items()}
+
+# %% ../../nbs/reference/evaluate/report.ipynb #fcfb5306
+def _check_others(others: Any, own: Reader | None) -> None:
+    "Refuse what are no readers by name, and readers with nothing to compare them with."
+    if not others:
+        return
+    if not isinstance(others, Mapping) or not all(isinstance(one, Reader) for one in others.values()):
+        raise TypeError(f"others has readers by name, as {{'honesty': train_reader(...)}}; this is {others!r:.80}.")
+    if own is None:
         raise ValueError(
-            "A pool predicts the effect of one vector that is added with one multiplier. Leave the pool out."
+            "There are too few texts to train the vector's own reader, and others= needs it: pass reader=."
         )
-    return predicted_shift(model, tokenizer, vector, pool, reader, steering.strength)
 
 # %% ../../nbs/reference/evaluate/report.ipynb #e8a4517f
 def report(
@@ -170,7 +206,8 @@ def report(
     questions: Sequence[Prompt] | None = None,  # whose answers are read; None: 12 open questions
     before: Mapping[str, str | ChatMessages] | None = None,  # words in front as anchors, by name
     anchors: bool = True,  # measure random directions of the same damage as well
-    pool: Pool | None = None,  # of the model's own answers, to predict how far texts move
+    pool: Pool | None = None,  # of the model's own answers: damage on open questions, and how far texts should move
+    others: Mapping[str, Reader] | None = None,  # readers of other concepts by name: how far those move as well
     max_new_tokens: int = 28,
     seed: int = 1,  # of the answers that show the damage; not the default of `calibrate`
     batch_size: int | None = None,  # most texts in one pass; None lets the token budget decide
@@ -179,7 +216,8 @@ def report(
 ) -> Report:
     """The card of a steering, on contrasts that were not used to make it.
 
-    Raises ValueError for no contrasts, multiplier 0 and layers that do not fit; TypeError for several steerings."""
+    Raises ValueError for no contrasts, multiplier 0, layers that do not fit and a pool of another model; TypeError for
+    several steerings."""
     items = _contrasts(contrasts, "contrast")
     samples = None if training_samples is None else kept_samples(training_samples)
     text_how: dict[str, Any] = {"chat": chat, "template": template}
@@ -199,7 +237,12 @@ def report(
     mark = _breaking(damage, cost)
     numbers = sorted({-1.0, 0.0, 0.5, 1.0, *([] if mark is None else [mark])})
     found, told = _reader_for(model, tokenizer, reader, samples, items, template)
+    _check_others(others, found)
     shown = sorted({-1.0, 0.0, 1.0, *([] if mark is None else [mark])})
+    open_cost, foretold, why = _on_pool(model, tokenizer, here, pool, found, batch_size)
+    shift = None
+    if found is not None:
+        shift = text_shift(model, tokenizer, given, found, questions, (-1, 0, 1), max_new_tokens, **how)
     rows = _random_rows(model, tokenizer, given, items, scorer, cost, seed, how) if anchors else []
     for name, words in (before or {}).items():
         one = prompt_effect(model, tokenizer, words, items, requests, scorer.answers, seed, **how)
@@ -211,13 +254,13 @@ def report(
         divergence(model, tokenizer, given, scorer, numbers),
         mark,
         sweep(model, tokenizer, given, prompt, shown, "all", max_new_tokens, chat, template=template),
-        None
-        if found is None
-        else text_shift(model, tokenizer, given, found, questions, (-1, 0, 1), max_new_tokens, **how),
+        shift,
         "" if found is None else f"{found!r}, trained on {told if told != 'given' else 'statements of its own'}",
         tuple(rows),
-        tuple(_cautions(items, samples, cost, found, told)),
-        None if pool is None or found is None else _foretold(model, tokenizer, given, pool, found),
+        (*_cautions(items, samples, cost, found, told), *why),
+        foretold,
+        open_cost,
+        {} if shift is None else _read_by(model, tokenizer, shift, others, batch_size, template),
     )
 
 # %% ../../nbs/reference/evaluate/report.ipynb #b0255356

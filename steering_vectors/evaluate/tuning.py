@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .anchors import prompt_effect, random_direction
+from .anchors import prompt_effect
 from .candidates import Bench, TuningRow, VectorRecipe, chance_effect
 from .candidates import completion_pairs, layers_to_try, named_methods, trained_vectors
 from .effects import Contrast, _contrasts
@@ -53,8 +53,9 @@ In the middle of the model the layers hardly differ, so do not expect `tune` to 
 vector than that of the middle layer. It gives evidence: an effect with its interval on items that
 were not used before, a warning if there are too few items, and protection against a bad layer.
 
-The same table has anchors: a random direction of the same damage, the untuned vector of the middle
-layer at multiplier 1, and words in front of the prompt, if they are passed.
+The same table has anchors: the largest effect of four random directions of the same damage, the
+untuned vector of the middle layer at multiplier 1, and words in front of the prompt, if they are
+passed.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/evaluate/tuning.html
 """
@@ -142,11 +143,11 @@ def tune(
     | None = None,  # methods to try; None: the mean
     vectors: Mapping[str, SteeringVector] | None = None,  # other candidates by name, such as learned vectors
     test: float = 0.5,  # the share of contrasts that judges
-    seed: int = 0,  # of the division, the answers and the random direction
+    seed: int = 0,  # of the division, the answers and the random directions
     prompts: Sequence[Prompt] | OwnAnswers | None = None,  # whose answers show the damage; None: 8 everyday requests
     before: Mapping[str, str | ChatMessages]
     | None = None,  # words in front as anchors, by name: {"instruction": "Be kind."}
-    anchors: bool = True,  # measure a random direction and multiplier 1 at the middle layer as well
+    anchors: bool = True,  # measure random directions and multiplier 1 at the middle layer as well
     tokens: Tokens | None = None,  # which tokens are steered; None: every token
     read: Tokens | None = None,  # average several tokens when training: Tokens.generated
     read_token_index: ReadTokenIndex = -1,  # or read this one
@@ -181,7 +182,7 @@ def tune(
     rows = _with_the_choice(_measured(bench, candidates, progress), middle)
     if anchors:
         plain = next(iter(trained.values()))[middle]
-        rows.append(bench.calibrated("random direction", random_direction(plain, seed), "anchor"))
+        rows.append(bench.by_chance(plain, seed))
         rows.append(bench.as_trained(f"{next(iter(trained))}, as trained", plain))
     for name, words in (before or {}).items():
         found = prompt_effect(model, tokenizer, words, judge, asked, answers, seed, batch_size, chat, template)

@@ -7,7 +7,7 @@ __all__ = ['WRITING_PROMPTS', 'TextShift', 'text_shift']
 
 # %% ../../nbs/reference/evaluate/writing.ipynb #e2d3c9a8
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -91,6 +91,7 @@ class TextShift(_Tabular):
     texts: tuple[tuple[str, ...], ...]  # for each multiplier, the answers
     scores: Tensor  # (q, m): 0 half way between the reader's classes, 1 and -1 at their means
     surprises: Tensor  # (q, m) nats per token under the unsteered model
+    answers: tuple[tuple[Scored, ...], ...] = ()  # the texts as ids: for each multiplier, question and answer
 
     def shift(self, multiplier: float) -> Estimate:
         "How far the texts move in the intended direction: up for a multiplier above 0, down below."
@@ -101,6 +102,19 @@ class TextShift(_Tabular):
     def surprise(self, multiplier: float) -> float:
         "How improbable the texts are under the unsteered model, nats per token."
         return float(self.surprises[:, self._column(multiplier)].mean())
+
+    def read_by(
+        self,
+        model: "PreTrainedModel",  # not steered
+        tokenizer: "PreTrainedTokenizerBase",
+        reader: Reader,  # of another concept, or trained on other statements
+        batch_size: int | None = None,  # most texts in one pass; None lets the token budget decide
+        template: Template | None = None,  # arguments of the chat template
+    ) -> "TextShift":
+        "The same texts with the scores of another reader. Nothing is written again."
+        every = [pair for pairs in self.answers for pair in pairs]
+        scores = reader.scores(model, tokenizer, every, batch_size, template)
+        return replace(self, scores=scores.reshape(len(self.multipliers), len(self.questions)).T)
 
     def _column(self, multiplier: float) -> int:
         found = near(multiplier, self.multipliers)
@@ -151,7 +165,8 @@ def text_shift(
     )
     words = tuple(q if isinstance(q, str) else str(tokenizer.decode(ids)) for q, ids in zip(each, asked, strict=True))
     shape = len(numbers), len(each)
-    return TextShift(words, numbers, texts, scores.reshape(shape).T, surprises.to(CPU).reshape(shape).T)
+    by_question = scores.reshape(shape).T, surprises.to(CPU).reshape(shape).T
+    return TextShift(words, numbers, texts, *by_question, tuple(map(tuple, written)))
 
 # %% ../../nbs/reference/evaluate/writing.ipynb #3521b45e
 def _question_list(questions: Any) -> list[Any]:

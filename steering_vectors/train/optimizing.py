@@ -57,7 +57,8 @@ preference loss, or a function of your own.
 
 A learned vector is good at what it was learned for. On the measured model, the closed form doubles
 the completion gap of new statements at equal damage, but moves the texts that the model *writes* no
-more than the mean difference does. Steps raise the gap a little more and move the texts less.
+more than the mean difference does. Steps fit it still more closely to the given sentences
+(`benchmarks/quality.py optimize_more` measures the gap, `texts_more` the texts).
 `objective="texts"` is for the texts. So look at both before you call one vector better.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/optimizing.html
@@ -259,7 +260,7 @@ def optimize_steering_vector(
     contrasts: Any,  # as for `completion_gap`: (prompt, what matches, what does not); or rows with prompt, chosen, rejected
     layer: int | Iterable[int],  # one, or several that are learned together; negative ones counted from the last
     kl: float = 0.1,  # nats per token that multiplier 1 costs: gentle 0.03, normal 0.1, strong 0.3
-    steps: int = 0,  # of Adam after the closed form; they raise the gap and rarely move the texts
+    steps: int = 0,  # of Adam after the closed form; they fit the given completions more closely
     objective: str | Objective = "choices",  # "choices", "texts", "preferences" (BiPO), or a function of ContrastScores
     pool: Pool
     | None = None,  # for texts: answers of the model; None: 512 of them, made once for the model and the place

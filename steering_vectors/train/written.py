@@ -38,12 +38,14 @@ makes answers with a high score more probable: $g = \overline{s\,G}$, with the s
 within each question. This is the policy gradient at zero. Divided by the curvature of the damage it
 is a vector learned from the model's own words.
 
-It is mixed in equal parts with the mean difference. On the measured model the mixture moved texts
-further than either part, also when scored by readers that were trained on other statements.
+It is mixed in equal parts with the mean difference. On five sets of statements and the demo model,
+the mixture moved texts about a fifth further than the mean difference alone, scored by readers that
+were trained on other statements (`benchmarks/quality.py texts`; `texts_more` has the gradient
+without the mean difference).
 
 The same scores and gradients give a prediction. `predicted_shift` is how far a vector will move the
-scores of texts, without generating any; for vectors learned from the pool itself it is too high by
-about a fifth.
+scores of texts, without generating any; for vectors learned from the pool itself it may be too
+high, because the same answers made the vector.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/written.html
 """

@@ -57,6 +57,57 @@ def _plain_cell(text: Any) -> str:
     "A text that fits into one cell of a table."
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
+# %% ../../nbs/reference/vectors/evidence.ipynb #1ae24bd4
+def _mapping(known: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    "A part that has names; empty where it has none."
+    found = known.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _several(known: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+    "The entries of one kind in a list; none where there is no list."
+    found = known.get(name)
+    return [one for one in found if isinstance(one, kind)] if isinstance(found, list) else []
+
+
+def _number_text(value: Any, form: str = ".2f") -> str:
+    "A number as text; empty where `value` is not one."
+    return f"{value:{form}}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    "A table in Markdown."
+    lines = [head, ["---"] * len(head), *[[_plain_cell(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+# %% ../../nbs/reference/vectors/evidence.ipynb #bd62a602
+def _number_cells(known: Mapping[str, Any]) -> list[list[str]]:
+    "The measured numbers of a report that are there."
+    effect, read = _mapping(known, "effect"), _mapping(known, "reading")
+    estimates = {
+        "effect up, nats per token": effect.get("up"), "effect down": effect.get("down"),
+        "damage, nats per token": known.get("damage"), "damage on open questions": known.get("damage_on_open_questions"),
+        "texts read, up": read.get("up"), "texts read, down": read.get("down"),
+    }  # fmt: skip
+    for name, both in _mapping(known, "others").items():
+        estimates[f"other concept, {name}: texts read, up"] = both.get("up") if isinstance(both, Mapping) else None
+    surprise = [f"{_number_text(x)} at {m}" for m, x in _mapping(read, "surprise").items() if _number_text(x)]
+    others = {
+        "surprise of texts, nats per token": ", ".join(surprise),
+        "shift of texts, predicted": _number_text(known.get("predicted_shift"), "+.2f"),
+        "wrong way, share of items": _number_text(known.get("wrong_way"), ".0%"),
+        "multiplier that costs about 1 nat": _number_text(known.get("breaking")),
+    }
+    rows = [[name, _estimate_text(value)] for name, value in estimates.items()] + [list(row) for row in others.items()]
+    return [row for row in rows if row[1]]
+
+
+def _wrong_item(one: Mapping[str, Any]) -> str:
+    "A contrast that moves the wrong way, in words."
+    prompt = f"{_plain_cell(one['prompt'])}: " if isinstance(one.get("prompt"), str) else ""
+    sides = f"{_plain_cell(one.get('matching', ''))} *against* {_plain_cell(one.get('other', ''))}"
+    return f"{_number_text(one.get('change'), '+.2f')}: {prompt}{sides}"
+
 # %% ../../nbs/reference/vectors/evidence.ipynb #65676791
 def report_section(
     story: Provenance,
@@ -65,27 +116,24 @@ def report_section(
     known = report_of(story)
     if known is None:
         return ""
-    effect, read = (
-        found if isinstance(found, Mapping) else {} for found in (known.get("effect"), known.get("reading"))
-    )
-    numbers = {
-        "effect up, nats per token": effect.get("up"), "effect down": effect.get("down"),
-        "damage, nats per token": known.get("damage"), "texts read, up": read.get("up"), "texts read, down": read.get("down"),
-    }  # fmt: skip
-    rows = [f"| {name} | {_estimate_text(value)} |" for name, value in numbers.items() if _estimate_text(value)]
-    texts = known.get("texts")
-    shown = (
-        [f"| {_plain_cell(m)} | {_plain_cell(text)} |" for m, text in texts.items()]
-        if isinstance(texts, Mapping)
-        else []
-    )
-    told = known.get("notes")
-    notes = [f"- {_plain_cell(note)}" for note in told if isinstance(note, str)] if isinstance(told, list) else []
-    parts = ["## What was measured", _plain_cell(known["sentence"])]
-    parts.append("\n".join(["| multiplier 1 | value [90 %] |", "| --- | --- |", *rows]))
-    if shown:
-        parts.append("\n".join(["| multiplier | text |", "| --- | --- |", *shown]))
-    parts += ["\n".join(notes)] if notes else []
-    if isinstance(known.get("not_measured"), str):
-        parts.append(f"Not measured: {_plain_cell(known['not_measured'])}")
-    return "\n\n".join(parts)
+    texts = [[m, text] for m, text in _mapping(known, "texts").items()]
+    reader, anchors = _mapping(known, "reading").get("reader"), [
+        [_estimate_text(one.get("effect")), _number_text(one.get("damage")), one.get("method", "")]
+        for one in _several(known, "anchors", dict)
+    ]  # fmt: skip
+    notes = [f"- {_plain_cell(note)}" for note in _several(known, "notes", str)]
+    worst = [f"- {_wrong_item(one)}" for one in _several(known, "worst", dict)]
+    told = f" Texts were read by {_plain_cell(reader)}." if isinstance(reader, str) and reader else ""
+    parts = [
+        "## What was measured",
+        _plain_cell(known["sentence"]),
+        _table(["multiplier 1", "value [90 %]"], _number_cells(known)),
+        _table(["effect [90 %]", "damage", "beside it, on the same items"], anchors) if anchors else "",
+        "\n".join(["Furthest the wrong way:", "", *worst]) if worst else "",
+        _table(["multiplier", "text"], texts) if texts else "",
+        "\n".join(notes),
+        f"Not measured: {_plain_cell(known['not_measured'])}{told}"
+        if isinstance(known.get("not_measured"), str)
+        else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
