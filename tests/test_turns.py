@@ -8,6 +8,7 @@ import torch
 
 from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model, tiny_tokenizer
+from steering_vectors.steer.places import chosen_tokens
 from steering_vectors.steer.tokens import Tokens
 from steering_vectors.steer.turns import rendered_turns, turn_markers
 from steering_vectors.train.reading import encode_texts
@@ -145,19 +146,102 @@ def test_a_turn_begins_where_the_template_marks_it(dash: str) -> None:
         read = encode_texts(tokenizer, [shown.ids], read=Tokens.turns("assistant", tokenizer))[0].read
         assert tokenizer.decode([shown.ids[n] for n in read]).startswith(thought if name == "marked" else "A machine.")
     assert found == {
-        "marked": ("<|im_start|>assistant\n", "<|im_end|>"),
+        "marked": ("<|im_start|>assistant\n", "<|im_start|>"),
         "unmarked": (f"<|im_start|>assistant\n{thought}", "<|im_end|>"),
     }
 
 
-def test_marks_that_hold_only_the_content_change_nothing() -> None:
-    kinds = {"marked": marked("{% generation %}", "{% endgeneration %}<|im_end|>\n"), "chatml": CHATML}
+@pytest.mark.parametrize("dash", ["", "-"])
+def test_marks_that_hold_only_the_content_end_at_the_same_token(dash: str) -> None:
+    kinds = {"marked": marked("{% generation " + dash + "%}", "{% endgeneration %}<|im_end|>\n"), "chatml": CHATML}
     found = []
     for template in kinds.values():
         tokenizer = tokenizer_of("chatml")
         tokenizer.chat_template = template
         found.append([turn_markers(tokenizer, role) for role in ("user", "assistant", "system")])
     assert found[0] == found[1]
+
+
+MARKED = {  # what is marked before the content, and from there on; special tokens besides those of chatml
+    "content": ("{% generation %}", "{% endgeneration %}<|im_end|>\n"),
+    "content and its end": ("{% generation %}", "<|im_end|>{% endgeneration %}\n"),
+    "up to the next header": ("{% generation %}", "<|im_end|>\n{% endgeneration %}"),
+    "a thought before": ("{% generation %}{{ '<think>\\n\\n</think>\\n\\n' }}", "<|im_end|>{{ '\\n' }}{% endgeneration %}"),
+    "a thought and no end": ("{% generation %}{{ '<think>\\n\\n</think>\\n\\n' }}", "{% endgeneration %}<|im_end|>\n"),
+    "words behind": ("{% generation %}", " That is all.\n\n{% endgeneration %}-- <|im_end|>\n"),
+    "an end of two words": ("{% generation %}", "(over)<|im_end|>{% endgeneration %}\n"),
+}  # fmt: skip
+TALKS: dict[str, tuple[list[str], str | None]] = {
+    "two": (["Who are you?", "A machine."], None),
+    "six": (SAID, None),
+    "with a rule": (SAID, RULE),
+    "lines": (["One\n\ntwo", "- a\n- b\n\n", "And\n", "\nThat is all.\n\n(over)\n"], RULE),
+    "asked again": ([*SAID, "Really?"], None),
+}
+
+
+def of_template(begin: str, end: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]}
+    )
+    tokenizer.chat_template = marked(begin, end)
+    return tokenizer
+
+
+@pytest.mark.parametrize("said", TALKS)
+@pytest.mark.parametrize("kind", MARKED)
+def test_a_turn_is_what_the_template_marks(kind: str, said: str) -> None:
+    "Token by token, against the assistant mask that the tokenizer returns."
+    tokenizer, (words, rule) = of_template(*MARKED[kind]), TALKS[said]
+    talk = [{"role": ("user", "assistant")[n % 2], "content": word} for n, word in enumerate(words)]
+    talk = talk if rule is None else [{"role": "system", "content": rule}, *talk]
+    found = tokenizer.apply_chat_template(
+        talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        add_generation_prompt=len(words) % 2 == 1,
+    )  # fmt: skip
+    tokens = Tokens.turns("assistant", tokenizer)
+    chosen = chosen_tokens(tokens, found["input_ids"], len(found["input_ids"]))
+    assert chosen.long().tolist() == found["assistant_masks"]
+    assert 0 < sum(found["assistant_masks"]) < len(found["input_ids"])
+    for role in ("user", "system"):
+        own = chosen_tokens(Tokens.turns(role, tokenizer), found["input_ids"], len(found["input_ids"]))
+        assert not bool((own & chosen).any()) and bool(own.any()) == (role == "user" or rule is not None)
+
+
+def test_marks_that_no_markers_tell_are_refused() -> None:
+    "The first token behind the mark may stand in a content, or nothing is behind it."
+    for end in ("{% endgeneration %}\n-- ", "</s>{% endgeneration %}"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'assistant' %}[a]{% generation %}{{ m.content }}" + end
+            + "{% else %}{{ m.content }}[u]{% endif %}{% endfor %}"
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="cannot be told by markers"):
+            Tokens.turns("assistant", tokenizer)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_nothing_between_two_contents(template: str, role: str) -> None:
+    "Where the next header ends a turn, it is the marker; where nothing does, that is told in words."
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    tokenizer.chat_template = template
+    if "INST" not in template:
+        with pytest.raises(ValueError, match="cannot be told by markers"):
+            Tokens.turns(role, tokenizer)
+        return
+    shown = rendered_turns(tokenizer, SAID)
+    chosen = chosen_tokens(Tokens.turns(role, tokenizer), shown.ids, len(shown.ids)).tolist()
+    assert chosen == [turn is not None and shown.roles[turn] == role for turn in shown.turns]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SPECIAL if kind != "mistral"])
