@@ -182,9 +182,7 @@ TALKS: dict[str, tuple[list[str], str | None]] = {
 
 def of_template(begin: str, end: str) -> Any:
     tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]}
-    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]})
     tokenizer.chat_template = marked(begin, end)
     return tokenizer
 
