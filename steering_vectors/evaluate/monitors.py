@@ -57,7 +57,7 @@ class ReplyScale:
         return f"ReplyScale({', '.join(f'layer {n}: {mean:+.2f} ± {spread:.2f}' for n, mean, spread in each)})"
 
 # %% ../../nbs/reference/evaluate/monitors.ipynb #99183837
-def _number(value: float) -> str:
+def _signed_or_blank(value: float) -> str:
     "With its sign; nothing for NaN."
     return "" if value != value else f"{value:+.2f}"
 
@@ -77,7 +77,11 @@ class Replies(_Tabular):
         rows = zip(self.texts, self.values.tolist(), strict=True)
         head = ["reply", *(f"layer {n}" for n in self.layers), "text"]
         unit = "in standard deviations of ordinary replies" if self.scaled else "in units of the activations"
-        return head, [[str(n), *map(_number, row), text[:40] or "(empty)"] for n, (text, row) in enumerate(rows)], unit
+        return (
+            head,
+            [[str(n), *map(_signed_or_blank, row), text[:40] or "(empty)"] for n, (text, row) in enumerate(rows)],
+            unit,
+        )
 
 # %% ../../nbs/reference/evaluate/monitors.ipynb #f7372d7f
 def _reply_lengths(

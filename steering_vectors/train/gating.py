@@ -56,7 +56,7 @@ def _words_begin(rows: Sequence[list[int]]) -> int:
     return min(shared, min(map(len, rows)) - 1)
 
 # %% ../../nbs/reference/train/gating.ipynb #7b2941af
-def _words_of(rows: Sequence[list[int]]) -> Tokens:
+def _without_start(rows: Sequence[list[int]]) -> Tokens:
     "The tokens of prompts without the beginning that all share."
     first = _words_begin(rows)
     return Tokens.prompt[first:] if first else Tokens.prompt
@@ -168,7 +168,7 @@ def train_gate(
     found = resolve_layers(model, layer_type, layer_config)
     number = resolve_layer_numbers([layer], found, layer_type)[0]
     rows = [prompt_ids(tokenizer, one, chat, None, template)[0].tolist() for one in [*kinds[0], *kinds[1]]]
-    chosen = _words_of(rows) if tokens is None else tokens
+    chosen = _without_start(rows) if tokens is None else tokens
     masks = _masks_of_prompts(chosen, rows)
     means = _means_of_prompts(model, rows, masks, model.get_submodule(found[number]), batch_size)
     return _learned(means[: len(kinds[0])], means[len(kinds[0]) :], number, layer_type, threshold, chosen)
