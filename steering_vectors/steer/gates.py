@@ -105,7 +105,9 @@ class Gate(Condition):
     layer_type: LayerType = "decoder_block"  # which output of the block
     every_token: bool = False  # decide again at each token, by that token alone
     tokens: Tokens = Tokens.prompt  # which of the prompt's tokens are averaged
-    judged: dict[str, Any] = field(default_factory=dict)  # its result on held-out prompts; empty after a change of the gate
+    judged: dict[str, Any] = field(
+        default_factory=dict
+    )  # its result on held-out prompts; empty after a change of the gate
 
     def __post_init__(self) -> None:
         check_layer_type(self.layer_type)

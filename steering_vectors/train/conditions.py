@@ -55,7 +55,6 @@ def _open_tokens(model: nn.Module, probe: Steering, ids: list[int], end: int) ->
     device, found = input_device(model), []
     given = torch.tensor([ids], device=device)
     handle = probe.apply(model, given[:, :end])
-
     nothing = torch.zeros(given.shape, dtype=torch.bool, device=CPU)
 
     def read(h: Tensor) -> None:
