@@ -4,7 +4,11 @@ What a gate should decide is worked out here from hooks of PyTorch, one row at a
 those of an ungated steering bit for bit, the others those of an unsteered model.
 """
 
+import copy
+import pickle
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import plain
@@ -27,6 +31,7 @@ from steering_vectors import (
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.steer.gates import Condition, Gate
 from steering_vectors.steer.steering import Steering
+from steering_vectors.train.discriminants import discriminant
 from steering_vectors.vectors.gguf import write_gguf
 
 NEW, ROWS = 4, 4  # tokens generated, rows
@@ -235,8 +240,12 @@ def test_right_padding_in_two_passes(model: Any) -> None:
             cache, _ = out.past_key_values, logits.append(out.logits)
     with torch.no_grad(), v.apply(model, when=gate, prompt=given):
         at_once = model(**given).logits
+    with torch.no_grad():
+        unsteered = model(**given).logits
     mask = given["attention_mask"].bool()
     assert plain.far(torch.cat(logits, 1)[mask], at_once[mask]) < EXACT
+    for r, is_open in enumerate(wanted(model, gate, left)):
+        assert (plain.far(at_once[r, mask[r]], unsteered[r, mask[r]]) > SEEN) == is_open
 
 
 def test_several_batches_in_one_context(model: Any) -> None:
@@ -277,6 +286,77 @@ def test_a_second_turn_from_a_kept_cache_is_refused(model: Any) -> None:
         generate(model, given, past_key_values=cache)
 
 
+def test_a_second_turn_in_an_open_context(model: Any) -> None:
+    "Without `prompt=`, the first prompt's decision must not go on silently; read anew, each turn has its own decision."
+    given, gate = prompts(), gate_of(model)
+    said = torch.randint(3, 90, (ROWS, 12), generator=torch.Generator().manual_seed(2))
+    handle = vector_of(model).apply(model, when=gate)
+    with handle:
+        first = generate(model, given)
+        ids = torch.cat([first.sequences, said], 1)
+        mask = torch.cat([given["attention_mask"], torch.ones(ROWS, ids.shape[1] - S, dtype=torch.long)], 1)
+        second = {"input_ids": ids, "attention_mask": mask}
+        with pytest.raises(ValueError, match="prompt="):
+            generate(model, second, past_key_values=first.past_key_values)
+        again = generate(model, second)
+        decided = handle.decisions.open.tolist()
+    opened = wanted(model, gate, second)
+    assert decided == opened != wanted(model, gate, given)
+    check_rows(model, first, given, wanted(model, gate, given))
+    check_rows(model, again, second, opened)
+
+
+def test_threads_that_share_a_handle_have_decisions_of_their_own(model: Any) -> None:
+    first = prompts()
+    batches = [first, {k: t.flip(0) for k, t in first.items()}]
+    gate, both_ran = gate_of(model), threading.Barrier(2, timeout=60)
+    handle, found = vector_of(model).apply(model, when=gate), {}
+
+    def one(n: int) -> None:
+        out = generate(model, batches[n])
+        both_ran.wait()
+        found[n] = out, handle.decisions
+        both_ran.wait()
+
+    with handle:
+        threads = [threading.Thread(target=one, args=(n,)) for n in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        last = handle.decisions  # this thread ran nothing, as when a streamer generates in another one
+    for n, (out, decisions) in found.items():
+        opened = wanted(model, gate, batches[n])
+        assert decisions.open.tolist() == opened
+        check_rows_of(model, out, batches[n], opened)
+    assert last.open.tolist() in [wanted(model, gate, batch) for batch in batches]
+    assert wanted(model, gate, batches[0]) != wanted(model, gate, batches[1])
+
+
+def check_rows_of(model: Any, out: Any, given: dict[str, Tensor], opened: Sequence[bool]) -> None:
+    "Open rows differ from an unsteered run, closed ones do not."
+    plainly = generate(model, given)
+    for r, is_open in enumerate(opened):
+        assert (plain.far(out.logits[0][r], plainly.logits[0][r]) > SEEN) == is_open
+
+
+def test_all_rows_alike_cost_no_mask(model: Any) -> None:
+    "Where all rows are open, or all closed, the result is bit for bit that of no gate, or of no steering."
+    given, gate, v = prompts(), gate_of(model), vector_of(model)
+    with v.apply(model, tokens=Tokens.response, prompt=given):
+        steered = generate(model, given)
+    plainly = generate(model, given)
+    for condition, same, other in [(gate | ~gate, steered, plainly), (gate & ~gate, plainly, steered)]:
+        for how in ({}, {"use_cache": False}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}):
+            with v.apply(model, when=condition, prompt=given):
+                out = generate(model, given, **how)
+            copies = how.get("num_return_sequences", 1)
+            assert torch.equal(out.sequences, same.sequences.repeat_interleave(copies, 0))
+            if not how:
+                assert all(torch.equal(a, b) for a, b in zip(out.logits, same.logits, strict=True))
+            assert not torch.equal(out.logits[0][::copies], other.logits[0])
+
+
 def test_a_cache_that_is_gone_on_with_twice(model: Any) -> None:
     "A pass that is cut back to the middle of the prompt and read on is decided by what the cache holds now."
     given, gate, v = prompts(), gate_of(model), vector_of(model)
@@ -287,7 +367,11 @@ def test_a_cache_that_is_gone_on_with_twice(model: Any) -> None:
         cache.crop(-2)
         again = model(ids[:, 3:], attention_mask=mask, past_key_values=cache).logits[:, -1]
         at_once = model(ids, attention_mask=mask).logits[:, -1]
+    with torch.no_grad():
+        unsteered = model(ids, attention_mask=mask).logits[:, -1]
     assert plain.far(again, at_once) < EXACT
+    moved = [plain.far(a, b) > SEEN for a, b in zip(at_once, unsteered, strict=True)]
+    assert moved == wanted(model, gate, given)
 
 
 def test_rows_of_a_cache_are_repeated(model: Any) -> None:
@@ -302,7 +386,11 @@ def test_rows_of_a_cache_are_repeated(model: Any) -> None:
     whole = torch.cat([ids.repeat_interleave(2, 0), more], 1)
     with torch.no_grad(), v.apply(model, when=gate, prompt=given):
         fresh = model(whole, attention_mask=longer).logits[:, -1]
+    with torch.no_grad():
+        unsteered = model(whole, attention_mask=longer).logits[:, -1]
     assert plain.far(cached, fresh) < EXACT
+    moved = [plain.far(a, b) > SEEN for a, b in zip(fresh, unsteered, strict=True)]
+    assert moved == [on for on in wanted(model, gate, given) for _ in range(2)]
 
 
 def test_fewer_rows_than_were_read_are_refused(model: Any) -> None:
@@ -314,29 +402,53 @@ def test_fewer_rows_than_were_read_are_refused(model: Any) -> None:
         model(torch.full((3, 1), 9), attention_mask=mask, past_key_values=cache)
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=["cache", "none", "static"]
-)
-def test_token_by_token(model: Any, how: dict[str, Any]) -> None:
-    given = prompts()
-    gate = gate_of(model).per_token()
-    vectors = {f"model.layers.{n}": v for n, v in vector_of(model).layer_activations.items()}
-    with vector_of(model).apply(model, when=gate):
-        out = generate(model, given, **how)
-    seen = set()
+def check_tokens(
+    model: Any, gate: Gate, out: Any, columns: int, pads: Sequence[int], copies: int = 1, vectors: Any = None
+) -> None:
+    "Every step's logits against the plain loop, in which each token is decided by what it is alone."
+    vectors, seen, moved = (
+        vectors or {f"model.layers.{n}": v for n, v in vector_of(model).layer_activations.items()},
+        set(),
+        [],
+    )
     for r, sequence in enumerate(out.sequences):
-        pads = PADS[r]
-        own_scores = states_of(model, sequence[pads:]) @ gate.direction > gate.threshold
+        own_scores = states_of(model, sequence[pads[r // copies] :]) @ gate.direction > gate.threshold
         seen |= set(own_scores.tolist())
 
         def want(c: int, own: int, opened: Tensor = own_scores) -> bool:
             return bool(opened[own])
 
-        expected = plain.logits_of_steps(model, sequence, S, pads, vectors, want)
-        unsteered = plain.logits_of_steps(model, sequence, S, pads, {}, want)
+        expected = plain.logits_of_steps(model, sequence, columns, pads[r // copies], vectors, want)
+        unsteered = plain.logits_of_steps(model, sequence, columns, pads[r // copies], {}, want)
         assert plain.far(torch.stack([s[r] for s in out.logits]), expected) < EXACT
-        assert plain.far(expected, unsteered) > SEEN
-    assert seen == {True, False}
+        moved.append(plain.far(expected, unsteered))
+    assert seen == {True, False} and min(moved) > SEEN
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_token_by_token(model: Any, way: str) -> None:
+    given, how = prompts(), WAYS[way]
+    if way == "chunks":
+        skip_if(fault(lambda: generate(model, given, **how), "a prompt in chunks"))
+    gate = gate_of(model).per_token()
+    torch.manual_seed(0)
+    with vector_of(model).apply(model, when=gate):
+        out = generate(model, given, **how)
+    check_tokens(model, gate, out, S, PADS, how.get("num_return_sequences", 1))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["the cache is kept", "read again"])
+def test_token_by_token_in_two_turns(model: Any, kept: bool) -> None:
+    "Each token is decided by itself, so a kept cache hides nothing."
+    given, gate = prompts(), gate_of(model).per_token()
+    said = torch.randint(3, 90, (ROWS, 3), generator=torch.Generator().manual_seed(2))
+    with vector_of(model).apply(model, when=gate):
+        first = generate(model, given)
+        ids = torch.cat([first.sequences, said], 1)
+        mask = torch.cat([given["attention_mask"], torch.ones(ROWS, ids.shape[1] - S, dtype=torch.long)], 1)
+        cache = {"past_key_values": first.past_key_values} if kept else {}
+        second = generate(model, {"input_ids": ids, "attention_mask": mask}, **cache)
+    check_tokens(model, gate, second, ids.shape[1], PADS)
 
 
 def test_token_by_token_with_beams(model: Any) -> None:
@@ -364,7 +476,7 @@ def test_both_kinds_together_and_with_tokens(model: Any) -> None:
     vectors = {f"model.layers.{n}": v for n, v in vector_of(model).layer_activations.items()}
     with vector_of(model).apply(model, when=gate & each, tokens=Tokens.generated[:2], prompt=given):
         out = generate(model, given)
-    opened = wanted(model, gate, given)
+    opened, moved = wanted(model, gate, given), []
     for r, sequence in enumerate(out.sequences):
         tokens = states_of(model, sequence[PADS[r] :]) @ each.direction > each.threshold
 
@@ -373,6 +485,8 @@ def test_both_kinds_together_and_with_tokens(model: Any) -> None:
 
         expected = plain.logits_of_steps(model, sequence, S, PADS[r], vectors, want)
         assert plain.far(torch.stack([s[r] for s in out.logits]), expected) < EXACT
+        moved.append(plain.far(expected, plain.logits_of_steps(model, sequence, S, PADS[r], {}, want)) > SEEN)
+    assert any(moved) and not any(m for m, on in zip(moved, opened, strict=True) if not on)
 
 
 def test_a_multiplier_per_row_goes_on_top(model: Any) -> None:
@@ -383,6 +497,8 @@ def test_a_multiplier_per_row_goes_on_top(model: Any) -> None:
         out = generate(model, given)
     plainly = generate(model, given)
     assert all(torch.equal(a[row], b[row]) for a, b in zip(out.logits, plainly.logits, strict=True))
+    for r, is_open in enumerate(wanted(model, gate, given)):
+        assert (plain.far(out.logits[0][r], plainly.logits[0][r]) > SEEN) == (is_open and r != row)
 
 
 # Gemma 2's own eager attention turns padding into NaN in float64, steered or not; so it is compared in float32.
@@ -521,3 +637,52 @@ def test_a_prompt_without_the_gates_tokens_stays_closed(model: Any) -> None:
     with handle, torch.no_grad():
         model(**given)
     assert handle.decisions.open.tolist() == [False, True, False, True]  # rows 0 and 2 have fewer than six tokens
+
+
+def test_a_judgement_is_of_one_gate() -> None:
+    "Where what was judged is changed, the judgement is gone; where it is not, it stays."
+    model, tok = tiny_model("llama"), tiny_tokenizer()
+    gate = train_gate(model, tok, *loud_and_quiet(), layer=1, chat=False)
+    assert "opens for" in repr(gate) and gate.judged["of"] == 8
+    changed: list[dict[str, Any]] = [
+        {"threshold": gate.threshold + 1}, {"tokens": Tokens.prompt[-3:]}, {"layer": 0}, {"every_token": True},
+        {"direction": -gate.direction}, {"layer_type": "mlp"},
+    ]  # fmt: skip
+    for how in changed:
+        other = replace(gate, **how)
+        assert other.judged == {} and "opens for" not in repr(other)
+        back = replace(other, **{name: getattr(gate, name) for name in how})
+        assert back.judged == {}, "it is gone, not hidden"
+    assert gate.per_token().judged == {}
+    same = [replace(gate), replace(gate, threshold=gate.threshold), replace(gate, direction=gate.direction.clone())]
+    for other in [*same, copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))]:
+        assert other.judged == gate.judged and repr(other) == repr(gate)
+    mine = replace(gate, threshold=0.0, judged={"opens": 1.0, "of": 3, "opens_for_others": 0.0, "others": 3})
+    assert "opens for 100% of 3" in repr(mine) and replace(mine, threshold=1.0).judged == {}
+
+
+def test_a_gate_trained_on_a_part_of_the_prompt() -> None:
+    "It is learned from the same tokens that it reads, found here by hand."
+    model, tok = tiny_model("llama").double(), tiny_tokenizer()
+    sides = loud_and_quiet()
+    gate = train_gate(model, tok, *sides, layer=1, chat=False, tokens=Tokens.prompt[-3:])
+    assert gate.tokens == Tokens.prompt[-3:] and gate.judged["of"] == 8
+    means = [
+        torch.stack([states_of(model, tok(t, return_tensors="pt").input_ids[0], 1)[-3:].mean(0) for t in side])
+        for side in sides
+    ]
+    made = discriminant(*means)
+    assert plain.far(gate.direction, made.direction) < EXACT
+    whole = train_gate(model, tok, *sides, layer=1, chat=False)
+    assert plain.far(gate.direction, whole.direction) > SEEN
+    batch = tok(["GO AWAY", "who is it there"], return_tensors="pt", padding=True)
+    with torch.no_grad(), SteeringVector({2: torch.ones(32).double()}).apply(model, when=gate, prompt=batch) as handle:
+        model(**batch)
+    for r, text in enumerate(["GO AWAY", "who is it there"]):
+        own = float(states_of(model, tok(text, return_tensors="pt").input_ids[0], 1)[-3:].mean(0) @ gate.direction)
+        assert abs(own - float(handle.decisions.scores[r, 0])) < EXACT * float(gate.direction.norm())
+        assert handle.decisions.open[r] == (own > gate.threshold)
+    with pytest.raises(ValueError, match="none of the .* tokens of prompt 0"):
+        train_gate(model, tok, *sides, layer=1, chat=False, tokens=Tokens.prompt[40:])
+    with pytest.raises(ValueError, match="reads tokens of the prompt"):
+        train_gate(model, tok, *sides, layer=1, chat=False, tokens=Tokens.generated)

@@ -45,3 +45,62 @@ def test_auroc_counts_pairs() -> None:
 def test_no_reply() -> None:
     with pytest.raises(ValueError, match="none of"), pytest.warns(UserWarning, match="header"):
         monitor(tiny_model("llama"), tiny_tokenizer(), SteeringVector({0: torch.ones(32)}), talk("Hi"))
+
+
+def test_an_empty_reply_keeps_its_number() -> None:
+    "It has no tokens, so no number; the replies behind it keep theirs."
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    v = SteeringVector({0: torch.randn(32, generator=torch.Generator().manual_seed(0))})
+    for words in (["a", "One", "b", "", "c", "Two", "d", ""], ["a", "", "b", "One"], ["a", "One", "b", "", "c"]):
+        if len(words) % 2:
+            with pytest.warns(UserWarning, match="header"):
+                found = monitor(model, tokenizer, v, talk(*words))
+        else:
+            found = monitor(model, tokenizer, v, talk(*words))
+        replies = words[1::2]
+        assert found.texts == tuple(replies)
+        assert found.values.isnan()[:, 0].tolist() == [word == "" for word in replies]
+        rows = str(found).splitlines()[1:]
+        assert [row.split()[0] for row in rows] == [str(n) for n in range(len(replies))]
+        assert ["(empty)" in row for row in rows] == [word == "" for word in replies]
+        text = tokenizer.apply_chat_template(talk(*words), tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", return_offsets_mapping=True)
+        with record_activations(model, layer_nums=[0]) as seen, torch.no_grad():
+            model(ids["input_ids"])
+        along = seen[0][0][0] @ v.layer_activations[0] / v.layer_activations[0].norm()
+        for n, word in enumerate(replies):
+            if word:
+                start = text.index(word)
+                inside = [start <= a and b <= start + len(word) for a, b in ids["offset_mapping"][0].tolist()]
+                assert abs(along[torch.tensor(inside)].mean() - found.values[n, 0]) < 1e-5
+    with pytest.raises(ValueError, match="none of"):
+        monitor(model, tokenizer, v, talk("a", ""))
+
+
+def test_the_scale_is_used_again() -> None:
+    "Ordinary replies are read once; many conversations in one call are those of many calls."
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    g = torch.Generator().manual_seed(0)
+    v = SteeringVector({n: torch.randn(32, generator=g) for n in (0, 1)})
+    talks = [talk("Hi", "Hello", "And?", "zzz!"), talk("Ok", "So be it.", "b", "", "c", "C"), talk("Who?", "I")]
+    usual = [talk("Who?", "Me"), talk("a", "A much longer reply than others.", "b", "B", "c", "")]
+    first = monitor(model, tokenizer, v, talks[0], usual)
+    assert first.scale is not None and first.scaled
+    passes = []
+    hook = model.register_forward_pre_hook(lambda module, args: passes.append(1))
+    again = monitor(model, tokenizer, v, talks, first.scale)
+    hook.remove()
+    assert len(passes) == 1, "ordinary replies are not read again"
+    for talked, found in zip(talks, again, strict=True):
+        alone = monitor(model, tokenizer, v, talked, usual)
+        assert found.texts == alone.texts and found.scaled
+        assert torch.allclose(found.values, alone.values, atol=1e-4, equal_nan=True)
+    values = torch.cat([monitor(model, tokenizer, v, each).values for each in usual])[:3]
+    assert torch.allclose(first.scale.mean, values.mean(0), atol=1e-5), "an empty reply is not in the scale"
+    assert monitor(model, tokenizer, v, talks[:1])[0].scale is None
+    turned = SteeringVector({n: -w for n, w in v.layer_activations.items()})
+    for other in (turned, v[0], SteeringVector({0: v.layer_activations[0], 2: v.layer_activations[1]})):
+        with pytest.raises(ValueError, match="belongs to another vector"):
+            monitor(model, tokenizer, other, talks[0], first.scale)
+    same = monitor(model, tokenizer, v.steering(multiplier=3), talks[0], first.scale)
+    assert torch.allclose(same.values, first.values, atol=1e-4)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steering_vectors import SteeringVector
 from steering_vectors.demo import tiny_model
+from steering_vectors.steer.gates import Gate
 from steering_vectors.steer.layouts import PromptLayout
 from steering_vectors.steer.pictures import token_cells
 from steering_vectors.steer.records import read_tokens
@@ -68,6 +69,17 @@ def first_of_each(inside: list[bool], most: int) -> list[bool]:
     return found
 
 
+def between_many(ids: list[int], opening: list[int], closing: list[int]) -> list[bool]:
+    "Inside, where a marker is several tokens: it opens and closes at its last one."
+    inside, found = False, []
+    for k in range(len(ids)):
+        inside = inside and ids[max(0, k + 1 - len(closing)) : k + 1] != closing
+        found.append(inside)
+        inside = inside or ids[max(0, k + 1 - len(opening)) : k + 1] == opening
+    return found
+
+
+PAIR, END = [FIRST, SECOND], [CLOSE, FIRST]  # the second ends with what the first begins with
 Want = Callable[[list[int], int], list[bool]]  # ids of a row, tokens of its prompt -> which are meant
 CASES: dict[str, tuple[Tokens, Want]] = {
     "between": (Tokens.between(OPEN, CLOSE), lambda ids, n: between(ids)),
@@ -87,6 +99,14 @@ CASES: dict[str, tuple[Tokens, Want]] = {
             i == OPEN or (k > 0 and a)
             for k, (i, a) in enumerate(zip(ids, [False, *after(after(pairs(ids)))[1:]], strict=True))
         ],
+    ),
+}
+CASES |= {
+    "between two of two": (Tokens.between(PAIR, END), lambda ids, n: between_many(ids, PAIR, END)),
+    "one and two": (Tokens.between(OPEN, END), lambda ids, n: between_many(ids, [OPEN], END)),
+    "header and region": (
+        Tokens.at(PAIR) | Tokens.between(PAIR, END),
+        lambda ids, n: [p or b for p, b in zip(pairs(ids), between_many(ids, PAIR, END), strict=True)],
     ),
 }
 every = pytest.mark.parametrize("name", CASES)
@@ -176,13 +196,15 @@ def test_sampled_rows(model: Any, name: str) -> None:
 def test_two_turns(model: Any, name: str) -> None:
     "The context stays open, the cache is kept, and the second turn knows the markers of the first."
     selection, want = CASES[name]
-    if selection.needs_prompt:  # where the prompt of a second turn ends has to be given, in a context of its own
-        return
     given = prompts()
     with vector_of(model).apply(model, tokens=selection):
         first = generate(model, given)
         ids = torch.cat([first.sequences, torch.tensor([[40, 41], [42, OPEN]])], 1)
         mask = torch.cat([given["attention_mask"], torch.ones(2, NEW + 2, dtype=torch.long)], 1)
+        if selection.needs_prompt:  # where the prompt of a second turn ends has to be given, in a context of its own
+            with pytest.raises(ValueError, match="prompt="):
+                generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+            return
         second = generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
     far = []
     for r, row in enumerate(second.sequences):
@@ -229,9 +251,77 @@ def test_beams_are_refused_with_a_cache_and_exact_without(model: Any, name: str,
         return
     with vector_of(model).apply(model, tokens=selection, prompt=prompt):
         out = generate(model, given, num_beams=2, use_cache=False)
+    far = []
     for r, row in enumerate(out.sequences):
         steps = torch.stack([out.logits[t][out.beam_indices[r, t]] for t in range(NEW)])
-        moved(model, row, COLUMNS, int((given["attention_mask"][r] == 0).sum()), steps, want)
+        far.append(moved(model, row, COLUMNS, int((given["attention_mask"][r] == 0).sum()), steps, want))
+    assert max(far) > SEEN
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "a cache": {}, "no cache": {"use_cache": False}, "a static cache": {"cache_implementation": "static"},
+    "chunks": {"prefill_chunk_size": 4}, "sampled": {"do_sample": True, "num_return_sequences": 3, "temperature": 3.0},
+}  # fmt: skip
+
+
+@every
+@pytest.mark.parametrize("way", WAYS)
+def test_with_a_gate(model: Any, name: str, way: str) -> None:
+    "Of the region only the response of the open row is steered; which row is open is found by hand."
+    selection, want = CASES[name]
+    given, copies = prompts(), WAYS[way].get("num_return_sequences", 1)
+    rows = [ids[mask.bool()] for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
+    means = torch.stack([plain_states(model, row).mean(0) for row in rows])
+    gate = Gate(means[0] - means[1], 0, float((means @ (means[0] - means[1])).mean()))
+    far = []
+    for condition, opened in ((gate, 0), (~gate, 1)):
+        torch.manual_seed(0)
+        handle = vector_of(model).apply(model, tokens=selection, when=condition, prompt=given)
+        with handle:
+            out = generate(model, given, **WAYS[way])
+        assert handle.decisions.open.tolist() == [r // copies == opened for r in range(2 * copies)]
+        for r, row in enumerate(out.sequences):
+            pads = int((given["attention_mask"][r // copies] == 0).sum())
+
+            def gated(ids: list[int], n: int, on: bool = r // copies == opened) -> list[bool]:
+                return [on and inside and k >= n - 1 for k, inside in enumerate(want(ids, n))]
+
+            far.append(moved(model, row, COLUMNS, pads, torch.stack([s[r] for s in out.logits]), gated))
+            assert far[-1] == 0 or r // copies == opened
+    assert max(far) > SEEN, "steering changed nothing"
+
+
+def plain_states(model: Any, ids: Tensor) -> Tensor:  # (s, d)
+    "What layer 0 returns for one text without padding."
+    kept: list[Tensor] = []
+    hook = model.model.layers[0].register_forward_hook(lambda m, a, out: kept.append(out[0].detach()))
+    with torch.no_grad():
+        model(ids[None])
+    hook.remove()
+    return kept[0]
+
+
+@every
+@pytest.mark.parametrize("way", WAYS)
+def test_with_a_gate_that_decides_at_each_token(model: Any, name: str, way: str) -> None:
+    selection, want = CASES[name]
+    given, copies = prompts(), WAYS[way].get("num_return_sequences", 1)
+    direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    far = []
+    for sign in (1, -1):  # a token is open in exactly one of the two
+        torch.manual_seed(0)
+        gate = Gate(sign * direction, 0, every_token=True)
+        with vector_of(model).apply(model, tokens=selection, when=gate, prompt=given):
+            out = generate(model, given, **WAYS[way])
+        for r, row in enumerate(out.sequences):
+            pads = int((given["attention_mask"][r // copies] == 0).sum())
+            opened = (plain_states(model, row[pads:]) @ (sign * direction) > 0).tolist()
+
+            def gated(ids: list[int], n: int, opened: list[bool] = opened) -> list[bool]:
+                return [inside and on for inside, on in zip(want(ids, n), opened, strict=True)]
+
+            far.append(moved(model, row, COLUMNS, pads, torch.stack([s[r] for s in out.logits]), gated))
+    assert max(far) > SEEN, "steering changed nothing"
 
 
 def test_accepted_drafts(model: Any) -> None:

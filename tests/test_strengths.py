@@ -45,17 +45,18 @@ def check(
     by_row: list[float],
     by_layer: dict[int, float],
     copies: int = 1,
+    columns: int = S,
 ) -> None:
     "Every step's logits against hooks that multiply by hand."
     moved = []
     for r, sequence in enumerate(out.sequences):
         row, pads = r // copies, PADS[r // copies]
-        steps, logits = torch.stack([s[r] for s in out.logits]), []
+        steps, logits = torch.stack([s[source_of(out, r, t)] for t, s in enumerate(out.logits)]), []
         for t in range(NEW):
-            ids = sequence[pads : S + t]
+            ids = sequence[pads : columns + t]
             hooks = []
             for n, v in vector_of(model).layer_activations.items():
-                numbers = torch.arange(len(ids)) - (S - pads - 1)
+                numbers = torch.arange(len(ids)) - (columns - pads - 1)
                 weights = torch.tensor([factor(int(k)) if k >= 0 else 0.0 for k in numbers], dtype=torch.float64)
                 change = by_row[row] * by_layer[n] * weights[:, None] * v
                 module = model.model.layers[n]
@@ -66,9 +67,15 @@ def check(
                 hook.remove()
         expected = torch.stack(logits)
         assert plain.far(steps, expected) < EXACT, f"row {r}"
-        unsteered = plain.logits_of_steps(model, sequence, S, pads, {}, lambda c, own: False)
+        unsteered = plain.logits_of_steps(model, sequence, columns, pads, {}, lambda c, own: False)
         moved.append(plain.far(expected, unsteered))
     assert min(m for m, k in zip(moved, [k for k in by_row for _ in range(copies)], strict=True) if k) > SEEN
+
+
+def source_of(out: Any, r: int, t: int) -> int:
+    "The row of the logits that decided token `t` of sequence `r`; beams change places."
+    beams = getattr(out, "beam_indices", None)
+    return r if beams is None else int(beams[r, t])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -83,13 +90,62 @@ def test_every_way_of_generating_counts_the_same(model: Any, way: str, name: str
     check(model, out, factor, [1.0] * ROWS, {1: 1.0, 2: 1.0}, how.get("num_return_sequences", 1))
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_layer_row_and_token_together(model: Any, use_cache: bool) -> None:
-    given, rows = prompts(), [1.0, -1.0, 0.0, 2.0]
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("way", WAYS)
+def test_layer_row_and_token_together(model: Any, way: str, name: str) -> None:
+    given, rows, how = prompts(), [1.0, -1.0, 0.0, 2.0], WAYS[way]
+    if way == "chunks":
+        skip_if(fault(lambda: generate(model, given, **how), "a prompt in chunks"))
+    schedule, factor = SCHEDULES[name]
     multiplier = {1: rows, 2: [0.5 * m for m in rows]}
-    with vector_of(model).apply(model, multiplier=multiplier, schedule=decay(2), prompt=given):
-        out = generate(model, given, use_cache=use_cache)
-    check(model, out, SCHEDULES["decay"][1], rows, {1: 1.0, 2: 0.5})
+    torch.manual_seed(0)
+    with vector_of(model).apply(model, multiplier=multiplier, schedule=schedule, prompt=given):
+        out = generate(model, given, **how)
+    check(model, out, factor, rows, {1: 1.0, 2: 0.5}, how.get("num_return_sequences", 1))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_beams(model: Any, name: str, use_cache: bool) -> None:
+    "A factor depends on the number of a token alone, which beams share. Without a cache, the prompt has to be given."
+    given, (schedule, factor) = prompts(), SCHEDULES[name]
+    how = {"num_beams": 3, "num_return_sequences": 2, "use_cache": use_cache}
+    for told in (True, False):
+        handle = vector_of(model).apply(model, schedule=schedule, prompt=given if told else None)
+        if not use_cache and not told:
+            with handle, pytest.raises(ValueError, match="prompt="):
+                generate(model, given, **how)
+            continue
+        with handle:
+            out = generate(model, given, **how)
+        assert len({tuple(rows) for rows in (out.beam_indices % 3).tolist()}) > 1, "no beam has changed its place"
+        check(model, out, factor, [1.0] * ROWS, {1: 1.0, 2: 1.0}, 2)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["the cache is kept", "read again"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_two_turns(model: Any, name: str, kept: bool) -> None:
+    "Each answer is counted from its own prompt, which has to be given where the cache is kept."
+    given, (schedule, factor) = prompts(), SCHEDULES[name]
+    first = generate(model, given)
+    said = torch.randint(3, 90, (ROWS, 3), generator=torch.Generator().manual_seed(2))
+    ids = torch.cat([first.sequences, said], 1)
+    mask = torch.cat([given["attention_mask"], torch.ones(ROWS, ids.shape[1] - S, dtype=torch.long)], 1)
+    second = {"input_ids": ids, "attention_mask": mask}
+    with vector_of(model).apply(model, schedule=schedule):
+        begun = generate(model, given)
+        longer = {"input_ids": torch.cat([begun.sequences, said], 1), "attention_mask": mask}
+        if kept:
+            with pytest.raises(ValueError, match="prompt="):
+                generate(model, longer, past_key_values=begun.past_key_values)
+        else:
+            check_later = generate(model, longer)
+    if not kept:
+        check(model, check_later, factor, [1.0] * ROWS, {1: 1.0, 2: 1.0}, columns=ids.shape[1])
+    cache = {"past_key_values": first.past_key_values} if kept else {}
+    with vector_of(model).apply(model, schedule=schedule, prompt=second):
+        out = generate(model, second, **cache)
+    check(model, out, factor, [1.0] * ROWS, {1: 1.0, 2: 1.0}, columns=ids.shape[1])
 
 
 def test_a_multiplier_by_layer_is_that_of_scaled_vectors(model: Any) -> None:

@@ -105,15 +105,17 @@ class Gate(Condition):
     layer_type: LayerType = "decoder_block"  # which output of the block
     every_token: bool = False  # decide again at each token, by that token alone
     tokens: Tokens = Tokens.prompt  # which of the prompt's tokens are averaged
-    judged: dict[str, Any] = field(default_factory=dict)  # its result on held-out prompts
+    judged: dict[str, Any] = field(
+        default_factory=dict
+    )  # its result on held-out prompts; empty after a change of the gate
 
     def __post_init__(self) -> None:
         check_layer_type(self.layer_type)
-        if not isinstance(self.tokens, Tokens) or not self.tokens.within_prompt:
-            raise ValueError(f"A gate reads tokens of the prompt, such as Tokens.prompt[3:], not {self.tokens!r}.")
+        _check_gate_tokens(self.tokens)
         object.__setattr__(self, "direction", _checked_gate_direction(self.direction))
         object.__setattr__(self, "layer", whole_number(self.layer))
         object.__setattr__(self, "threshold", _checked_threshold(self.threshold))
+        object.__setattr__(self, "judged", _judged_for(self))
 
     @property
     def gates(self) -> "tuple[Gate, ...]":
@@ -135,7 +137,7 @@ class Gate(Condition):
         threshold: float | None = None,  # None: the same; single tokens vary more than means of a prompt
     ) -> "Gate":
         "The same gate, deciding at each token separately."
-        return replace(self, every_token=True, threshold=self.threshold if threshold is None else threshold, judged={})
+        return replace(self, every_token=True, threshold=self.threshold if threshold is None else threshold)
 
     def __repr__(self) -> str:
         kind = "" if self.layer_type == "decoder_block" else f" ({self.layer_type})"
@@ -160,6 +162,31 @@ def _checked_threshold(threshold: float) -> float:
     if float(threshold) != float(threshold):
         raise ValueError("The threshold of a gate is NaN, above which nothing lies.")
     return float(threshold)
+
+# %% ../../nbs/reference/steer/gates.ipynb #9fe7ed4b
+def _check_gate_tokens(tokens: Tokens) -> None:
+    "Refuse tokens that may be outside of the prompt."
+    if not isinstance(tokens, Tokens) or not tokens.within_prompt:
+        raise ValueError(f"A gate reads tokens of the prompt, such as Tokens.prompt[3:], not {tokens!r}.")
+
+# %% ../../nbs/reference/steer/gates.ipynb #5c3a223f
+class _Judged(dict[str, Any]):
+    "The result of a gate on held-out prompts, with the settings that were judged."
+
+    settings: tuple[Any, ...]
+    direction: Tensor
+
+# %% ../../nbs/reference/steer/gates.ipynb #464d63aa
+def _judged_for(gate: Gate) -> dict[str, Any]:
+    "The judgement of a gate; empty if it was made for other settings."
+    settings = gate.layer, gate.threshold, gate.layer_type, gate.every_token, gate.tokens
+    known = gate.judged
+    if isinstance(known, _Judged):
+        same = known.settings == settings and torch.equal(known.direction, gate.direction.to(known.direction.device))
+        return known if same else {}
+    found = _Judged(known)
+    found.settings, found.direction = settings, gate.direction
+    return found
 
 # %% ../../nbs/reference/steer/gates.ipynb #ff646e4a
 def _judgement(judged: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations  # noqa: F404
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,10 @@ them.
 
 `turn_markers` finds the two markers by rendering a conversation with known contents and looking at
 the ids between the contents. If a template marks what the assistant generates (`{% generation %}`),
-a turn begins at this mark, which may be before the content. The markers found are tested on other
-contents. A template whose turns have no such markers is refused.
+a turn of the assistant is exactly what is marked, from its first token to its last: a thought
+before the content belongs to it, and so does the token that ends the turn, where they are marked.
+The markers found are tested on other contents. A template whose turns have no such markers is
+refused.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/steer/turns.html
 """
@@ -48,8 +51,9 @@ class Rendered(NamedTuple):
     "A conversation as ids, and whose turn each token belongs to."
 
     ids: list[int]
-    turns: list[int | None]  # number of the turn whose content a token holds; None between them
+    turns: list[int | None]  # number of the turn whose content a token holds, or is marked with; None between them
     roles: tuple[str, ...]  # the role of each turn
+    marks: list[bool] | None = None  # what the template marks as generated; None without marks
 
 # %% ../../nbs/reference/steer/turns.ipynb #2424f21d
 def _rendered_text(tokenizer: Any, messages: list[dict[str, str]], template: Mapping[str, Any]) -> str:
@@ -84,13 +88,16 @@ def _marked_by_template(
     return list(map(bool, marks)) if marks and list(found["input_ids"]) == ids else None
 
 # %% ../../nbs/reference/steer/turns.ipynb #cc156f24
-def _begun_at_marks(turns: list[int | None], marks: list[bool] | None) -> list[int | None]:
-    "Turns that begin at the mark before their content."
-    begun = list(turns)
-    for at in range(len(turns) - 2, -1, -1) if marks else ():
-        if marks and marks[at] and begun[at] is None and (begun[at + 1] is not None and marks[at + 1]):
-            begun[at] = begun[at + 1]
-    return begun
+def _as_marked(turns: list[int | None], marks: list[bool] | None) -> list[int | None]:
+    "Turns that begin and end where the marks around their contents do."
+    found = list(turns)
+    if marks is None:
+        return found
+    backward, forward = range(len(turns) - 2, -1, -1), range(1, len(turns))
+    for at, beside in [*((n, n + 1) for n in backward), *((n, n - 1) for n in forward)]:
+        if found[at] is None and marks[at] and marks[beside]:
+            found[at] = found[beside]
+    return found
 
 # %% ../../nbs/reference/steer/turns.ipynb #52daa7f9
 def rendered_turns(
@@ -114,27 +121,28 @@ def rendered_turns(
         raise ValueError("Turns are found with a fast tokenizer, which tells where its tokens lie in the text.")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, turns = list(found["input_ids"]), [_turn_at(a, b, spans) for a, b in found["offset_mapping"]]
-    turns = _begun_at_marks(turns, _marked_by_template(tokenizer, messages, ids, template))
-    return Rendered(ids, turns, tuple(message["role"] for message in messages))
+    marks = _marked_by_template(tokenizer, messages, ids, template)
+    return Rendered(ids, _as_marked(turns, marks), tuple(message["role"] for message in messages), marks)
 
 # %% ../../nbs/reference/steer/turns.ipynb #7b7e2838
 def _gaps(shown: Rendered) -> list[list[int]]:  # before the first content, between two, after the last
-    "The ids between the contents."
-    gaps: list[list[int]] = [[]]
+    "The ids between the turns; empty where nothing is between two."
+    gaps: list[list[int]] = [[] for _ in range(len(shown.roles) + 1)]
+    at = 0
     for number, turn in zip(shown.ids, shown.turns, strict=True):
         if turn is None:
-            gaps[-1].append(number)
-        elif len(gaps) == turn + 1:
-            gaps.append([])
+            gaps[at].append(number)
+        else:
+            at = turn + 1
     return gaps
 
 # %% ../../nbs/reference/steer/turns.ipynb #055c41ff
 def _shared(rows: Sequence[Sequence[int]]) -> list[int]:
     "The shared beginning of all rows."
     count = 0
-    while all(len(row) > count for row in rows) and len({row[count] for row in rows}) == 1:
+    while rows and all(len(row) > count for row in rows) and len({row[count] for row in rows}) == 1:
         count += 1
-    return list(rows[0][:count])
+    return list(rows[0][:count]) if rows else []
 
 # %% ../../nbs/reference/steer/turns.ipynb #43c49477
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -177,13 +185,30 @@ def _turn_ending(gaps: list[list[int]], role: str, special: set[int]) -> list[in
     count = next((n + 1 for n, number in enumerate(shared) if number in special), len(shared))
     return shared[:count]
 
+# %% ../../nbs/reference/steer/turns.ipynb #c2001532
+def _marked_ending(shown: Rendered) -> list[int]:
+    "The marked ids behind each content of the assistant; none without marks."
+    if shown.marks is None:
+        return []
+    said = [[i for i, turn in zip(shown.ids, shown.turns, strict=True) if turn == n] for n in (1, 3)]
+    return _shared([row[::-1] for row in said])[::-1]
+
 # %% ../../nbs/reference/steer/turns.ipynb #1d23cefb
 def _holds(region: _Region, shown: Rendered, role: str) -> bool:
-    "Whether a region has every token of the role's contents, and no token of another's."
+    "Whether a region is what is marked; without marks, whether it has every content of the role, and no token of another's."
     ids = torch.tensor([shown.ids], device=CPU)
     inside = region_mask(region, Layout(0, 1, len(shown.ids), ids=ids))[0][0].tolist()
+    if role == "assistant" and shown.marks is not None:
+        return bool(inside == shown.marks)
     pairs = zip(inside, shown.turns, strict=True)
     return all(chosen == (shown.roles[turn] == role) for chosen, turn in pairs if turn is not None)
+
+# %% ../../nbs/reference/steer/turns.ipynb #59a241d3
+def _with_system(tokenizer: Any, template: Mapping[str, Any]) -> list[Rendered]:
+    "The probes with a system message; none where the template does not take one."
+    with suppress(ValueError):
+        return [rendered_turns(tokenizer, probe, rule, **template) for probe, rule in zip(PROBES, RULES, strict=True)]
+    return []
 
 # %% ../../nbs/reference/steer/turns.ipynb #88ca30c3
 def turn_markers(
@@ -200,9 +225,13 @@ def turn_markers(
         )
     rules = RULES if role == "system" else (None, None)
     shown = [rendered_turns(tokenizer, probe, rule, **template) for probe, rule in zip(PROBES, rules, strict=True)]
-    special = _special_ids(tokenizer)
-    gaps = _gaps(shown[0])
+    special, gaps = _special_ids(tokenizer), _gaps(shown[0])
+    outside, ending = gaps[2][:1], [] if role == "system" else _marked_ending(shown[0])
+    gaps[2], gaps[4] = ending + gaps[2], ending + gaps[4]
     opening, closing = _turn_header(gaps, role, special), _turn_ending(gaps, role, special)
+    if role == "assistant" and shown[0].marks is not None:
+        shown += _with_system(tokenizer, template)
+        closing = outside if set(outside) <= special else ending + outside
     region = _Region("between", tuple(opening), tuple(closing))
     if not opening or not closing or opening == closing or not all(_holds(region, each, role) for each in shown):
         raise ValueError(

@@ -6,6 +6,7 @@
 __all__ = ['COUNTED', 'Readings', 'Decisions', 'GateKeeper', 'gate_modules', 'gate_readers', 'gated_selection']
 
 # %% ../../nbs/reference/steer/verdicts.ipynb #4bde600e
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from ..model.blocks import text_config
 from ..model.families import LayerType
 from ..model.hooks import Edit, HookHandle, by_token
 from ..model.layers import resolve_layer_numbers, resolve_layers
+from ..numbers import CPU
 from .calls import Call
 from .gates import Condition, Gate
 from .places import select
@@ -48,6 +50,7 @@ class Readings:
     before: dict[int, Tensor] = field(default_factory=dict)  # by gate, the readings of earlier passes, (b, columns)
     values: dict[int, Tensor] = field(default_factory=dict)  # the same, with the readings of this pass
     scores: dict[torch.device, Tensor] = field(default_factory=dict)  # the means, (b, gates)
+    opened: dict[torch.device, bool | Tensor] = field(default_factory=dict)  # decisions by the prompt, (b, 1)
 
     @property
     def columns(self) -> int:
@@ -148,6 +151,20 @@ def _decision_table(decisions: Decisions) -> tuple[list[str], list[list[str]]]: 
         [str(i), "open" if o else "closed", *(f"{s:.3g}" for s in scores)] for i, (o, scores) in enumerate(both)
     ]
 
+# %% ../../nbs/reference/steer/verdicts.ipynb #7da8bdbf
+def _if_all_alike(opened: Tensor) -> bool | Tensor:
+    "True or False, if all rows of a small tensor on the CPU are the same; on other devices this would wait."
+    if type(opened) is not Tensor or opened.device != CPU:
+        return opened
+    first = bool(opened[0, 0])
+    return first if bool((opened == first).all()) else opened
+
+# %% ../../nbs/reference/steer/verdicts.ipynb #d284bfee
+class _OwnScores(threading.local):
+    "The scores of the last batch of this thread, (b, gates that decide by the prompt)."
+
+    last: Tensor | None = None
+
 # %% ../../nbs/reference/steer/verdicts.ipynb #8f2374ea
 class GateKeeper:
     "Reads activations for the gates of a condition, and computes which rows and tokens are open."
@@ -161,6 +178,7 @@ class GateKeeper:
         self.condition, self.tracker, self.modules = condition, tracker, list(modules)
         self.by_prompt = [i for i, gate in enumerate(condition.gates) if not gate.every_token]
         self.last: Tensor | None = None  # the scores of the last batch, (b, gates that decide by the prompt)
+        self.own = _OwnScores()
 
     @torch.inference_mode(False)  # kept, and perhaps used again where gradients are computed
     @torch.no_grad()
@@ -182,10 +200,8 @@ class GateKeeper:
         before = call.gate.before.get(i)
         call.gate.values[i] = scores if before is None else torch.cat([before.to(scores.device), scores], 1)
         if len(call.gate.values) == len(self.by_prompt) and call.gate.columns >= call.gate.end:
-            self.last = self._scores(call, h.device)
+            self.last = self.own.last = self._scores(call, h.device)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def mask(
         self,
         meant: bool | Tensor,  # the tokens that `tokens=` selects: all, none, or (b or 1, s)
@@ -197,21 +213,43 @@ class GateKeeper:
             return False
         key = "open", device
         if key not in call.masks:
-            answers = [self._answer(i, call, device) for i in range(len(self.modules))]
-            is_open = self.condition.opened(answers).expand(call.batch, call.length)
-            call.masks[key] = is_open if meant is True else is_open & meant
+            call.masks[key] = self._open(meant, call, device)
         return call.masks[key]
 
-    def _answer(self, i: int, call: Call, device: torch.device) -> Tensor:
-        "The decision of gate `i`: (b, 1) by the prompt, or (b, s) token by token."
-        gate = self.condition.gates[i]
-        read = ("gate", i) in call.masks if gate.every_token else call.gate is not None and i in call.gate.values
-        if not read:
-            raise ValueError(f"{self.modules[i]}, which a gate reads, did not run before the steered layers.")
-        if gate.every_token:
-            return torch.as_tensor(call.masks["gate", i]).to(device)
-        at = self.by_prompt.index(i)
-        return self._scores(call, device)[:, at : at + 1] > gate.threshold
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _open(self, meant: bool | Tensor, call: Call, device: torch.device) -> bool | Tensor:
+        "The selected tokens that are open in this pass."
+        self._check_read(call)
+        if len(self.by_prompt) == len(self.modules):
+            opened = call.gate.opened
+            if device not in opened:
+                opened[device] = _if_all_alike(self.condition.opened(self._answers(call, device)))
+            is_open: bool | Tensor = opened[device]
+        else:
+            is_open = self.condition.opened(self._answers(call, device))
+        if isinstance(is_open, bool):
+            return is_open and meant
+        is_open = is_open.expand(call.batch, call.length)
+        return is_open if meant is True else is_open & meant
+
+    def _check_read(self, call: Call) -> None:
+        "Refuse to decide before every gate has read its layer."
+        for i, gate in enumerate(self.condition.gates):
+            read = ("gate", i) in call.masks if gate.every_token else call.gate is not None and i in call.gate.values
+            if not read:
+                raise ValueError(f"{self.modules[i]}, which a gate reads, did not run before the steered layers.")
+
+    def _answers(self, call: Call, device: torch.device) -> list[Tensor]:
+        "The decision of each gate: (b, 1) by the prompt, or (b, s) token by token."
+        found = []
+        for i, gate in enumerate(self.condition.gates):
+            if gate.every_token:
+                found.append(torch.as_tensor(call.masks["gate", i]).to(device))
+            else:
+                at = self.by_prompt.index(i)
+                found.append(self._scores(call, device)[:, at : at + 1] > gate.threshold)
+        return found
 
     def _scores(self, call: Call, device: torch.device) -> Tensor:  # (b, gates that decide by the prompt)
         "The means of the prompts; computed once for each of them."
@@ -222,16 +260,18 @@ class GateKeeper:
 
     @property
     def decisions(self) -> Decisions:
-        "The decisions for the last batch. Raises ValueError where there are none, or each token had its own."
-        gates = self.condition.gates
+        """The decisions for the last batch of this thread; for the last of any thread, if this one ran none.
+
+        Raises ValueError where there are none, or each token had its own."""
+        gates, last = self.condition.gates, self.last if self.own.last is None else self.own.last
         if len(self.by_prompt) < len(gates):
             raise ValueError(
                 "A gate that decides at each token decides nothing for a row, so there is nothing to list."
             )
-        if self.last is None:
+        if last is None:
             raise ValueError("Nothing has been decided yet: run the model on prompts while the context is open.")
-        answers = [self.last[:, i : i + 1] > gate.threshold for i, gate in enumerate(gates)]
-        return Decisions(self.condition.opened(answers)[:, 0].cpu(), self.last.cpu(), gates)
+        answers = [last[:, i : i + 1] > gate.threshold for i, gate in enumerate(gates)]
+        return Decisions(self.condition.opened(answers)[:, 0].cpu(), last.cpu(), gates)
 
 # %% ../../nbs/reference/steer/verdicts.ipynb #4c953c8e
 def gate_modules(

@@ -55,9 +55,10 @@ def _open_tokens(model: nn.Module, probe: Steering, ids: list[int], end: int) ->
     device, found = input_device(model), []
     given = torch.tensor([ids], device=device)
     handle = probe.apply(model, given[:, :end])
+    nothing = torch.zeros(given.shape, dtype=torch.bool, device=CPU)
 
     def read(h: Tensor) -> None:
-        found.append(handle.keeper.mask(True, CPU)[0])  # type: ignore[union-attr, index]
+        found.append((nothing | handle.keeper.mask(True, CPU))[0])  # type: ignore[union-attr]
         raise _Decided
 
     first = model.get_submodule(handle.modules[min(handle.modules)])

@@ -19,7 +19,8 @@ from ..model.hooks import by_token, read_output
 from ..model.layers import resolve_layer_numbers, resolve_layers
 from ..modes import undisturbed
 from ..numbers import CPU
-from ..steer.gates import Gate
+from ..steer.gates import Gate, _check_gate_tokens
+from ..steer.places import chosen_tokens
 from ..steer.tokens import Tokens
 from .chats import Template, shared_start
 from .discriminants import discriminant, unseen_scores
@@ -33,7 +34,8 @@ __doc__ = """How is a gate learned from prompts of two kinds?
 
 A `Gate` opens for prompts of one kind. `train_gate` learns it from prompts of that kind and prompts
 of other kinds. Each prompt becomes one vector: the mean of its activations at one layer, without
-the beginning that all prompts share, such as a system message.
+the beginning that all prompts share, such as a system message. With `tokens` it is the mean of a
+part, such as the last message of a conversation, and the gate reads the same part.
 
 The direction is a linear discriminant: the difference of the two means, whitened by the covariance
 within the kinds. There are fewer prompts than dimensions, so the covariance is shrunk towards a
@@ -52,6 +54,22 @@ def _words_begin(rows: Sequence[list[int]]) -> int:
     "How many tokens at the beginning all prompts share; at least one token of each prompt is left."
     shared = min((shared_start(rows[0], row) for row in rows[1:]), default=0)
     return min(shared, min(map(len, rows)) - 1)
+
+# %% ../../nbs/reference/train/gating.ipynb #7b2941af
+def _without_start(rows: Sequence[list[int]]) -> Tokens:
+    "The tokens of prompts without the beginning that all share."
+    first = _words_begin(rows)
+    return Tokens.prompt[first:] if first else Tokens.prompt
+
+# %% ../../nbs/reference/train/gating.ipynb #110fa6f0
+def _masks_of_prompts(tokens: Tokens, rows: Sequence[list[int]]) -> list[Tensor]:  # (s,) bool each
+    "Which tokens of each prompt are averaged. Raises ValueError where a prompt has none of them."
+    _check_gate_tokens(tokens)
+    masks = [chosen_tokens(tokens, row, len(row)) for row in rows]
+    for n, mask in enumerate(masks):
+        if not bool(mask.any()):
+            raise ValueError(f"{tokens!r} names none of the {len(mask)} tokens of prompt {n}. Choose others.")
+    return masks
 
 # %% ../../nbs/reference/train/gating.ipynb #d575c38e
 class _LayerRead(Exception):
@@ -76,11 +94,11 @@ def _states(model: nn.Module, module: nn.Module, inputs: dict[str, Tensor]) -> T
 def _means_of_prompts(
     model: nn.Module,
     rows: Sequence[list[int]],  # ids of each prompt
-    first: int,  # the first token that counts
+    masks: Sequence[Tensor],  # (s,) bool each, the tokens that count
     module: nn.Module,  # whose output is read
     batch_size: int,
 ) -> Tensor:  # (n, d) float64, on the CPU
-    "The mean of each prompt's tokens from `first` on, at one layer."
+    "The mean of each prompt's tokens that count, at one layer."
     found, device = [], input_device(model)
     for at in range(0, len(rows), batch_size):
         some = rows[at : at + batch_size]
@@ -88,7 +106,7 @@ def _means_of_prompts(
         ids = torch.tensor([row + row[-1:] * (longest - len(row)) for row in some], device=CPU)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in some], device=CPU)
         h = _states(model, module, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}).to(CPU).double()
-        found += [h[i, first : len(row)].mean(0) for i, row in enumerate(some)]
+        found += [h[i, : len(row)][masks[at + i]].mean(0) for i, row in enumerate(some)]
     return torch.stack(found)
 
 # %% ../../nbs/reference/train/gating.ipynb #dcbe8968
@@ -137,10 +155,11 @@ def train_gate(
     batch_size: int = 16,  # prompts in one pass
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     template: Template | None = None,  # arguments of the chat template
+    tokens: Tokens | None = None,  # which of a prompt's tokens are averaged; None: all but a beginning that all share
 ) -> Gate:
     """A gate that opens for prompts such as `positive_prompts`.
 
-    Raises ValueError for fewer than 4 prompts of a kind, and for a layer that does not exist."""
+    Raises ValueError for fewer than 4 prompts of a kind, for a layer that does not exist, and for `tokens` that a prompt does not have."""
     kinds = list(positive_prompts), list(negative_prompts)
     if isinstance(positive_prompts, str) or isinstance(negative_prompts, str) or min(map(len, kinds)) < 4:
         raise ValueError(
@@ -149,9 +168,7 @@ def train_gate(
     found = resolve_layers(model, layer_type, layer_config)
     number = resolve_layer_numbers([layer], found, layer_type)[0]
     rows = [prompt_ids(tokenizer, one, chat, None, template)[0].tolist() for one in [*kinds[0], *kinds[1]]]
-    first = _words_begin(rows)
-    means = _means_of_prompts(model, rows, first, model.get_submodule(found[number]), batch_size)
-    positive, negative = means[: len(kinds[0])], means[len(kinds[0]) :]
-    return _learned(
-        positive, negative, number, layer_type, threshold, Tokens.prompt[first:] if first else Tokens.prompt
-    )
+    chosen = _without_start(rows) if tokens is None else tokens
+    masks = _masks_of_prompts(chosen, rows)
+    means = _means_of_prompts(model, rows, masks, model.get_submodule(found[number]), batch_size)
+    return _learned(means[: len(kinds[0])], means[len(kinds[0]) :], number, layer_type, threshold, chosen)
