@@ -91,6 +91,7 @@ from .evaluate.writing import TextShift as TextShift
 from .evaluate.candidates import TuningRow as TuningRow
 from .evaluate.anchors import PromptEffect as PromptEffect
 from .evaluate.intervals import Estimate as Estimate
+from .train.damage import DamageScorer as DamageScorer
 from .train.damage import EVERYDAY_PROMPTS as EVERYDAY_PROMPTS
 from .evaluate.writing import WRITING_PROMPTS as WRITING_PROMPTS
 from .train.damage import OwnAnswers as OwnAnswers

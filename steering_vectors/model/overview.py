@@ -75,20 +75,25 @@ def _also_repeats(found: FoundLayers) -> str:
     blocks = tuple(f"{template}." for template in _templates(found.layers["decoder_block"]))
     depth = blocks[0].count(".")
     others = [t for t in found.repeats if t.startswith(blocks) and t.count(".") <= depth and t not in named]
-    return ", ".join(others) or "nothing"
+    return ", ".join(others)
+
+# %% ../../nbs/reference/model/overview.ipynb #5a1c0030
+def _all_rows(found: FoundLayers) -> list[tuple[str, str, str]]:
+    "The rows of the table; the last one tells what else repeats, if anything does."
+    others = _also_repeats(found)
+    return [*_overview_rows(found), *([("also repeats", "", others)] if others else [])]
 
 # %% ../../nbs/reference/model/overview.ipynb #92945650
 def _as_text(found: FoundLayers) -> str:
     "The table for a terminal."
-    rows = [(kind, numbers or "none", names) for kind, numbers, names in _overview_rows(found)]
-    rows.append(("also repeats", "", _also_repeats(found)))
+    rows = [(kind, numbers or "none", names) for kind, numbers, names in _all_rows(found)]
     lines = [f"{kind:<24}  {numbers:<6}  {names}".rstrip() for kind, numbers, names in rows]
     return "\n".join([found.model, *lines])
 
 # %% ../../nbs/reference/model/overview.ipynb #5a74edfa
 def _as_markdown(found: FoundLayers) -> str:
     "The table for a notebook."
-    rows = [*_overview_rows(found), ("also repeats", "", _also_repeats(found))]
+    rows = _all_rows(found)
     lines = [f"| {kind} | {numbers} | {f'`{names}`' if names else 'none'} |" for kind, numbers, names in rows]
     return "\n".join([f"| {found.model} | layers | modules |", "| --- | --- | --- |", *lines])
 

@@ -208,13 +208,13 @@ class GateKeeper:
         device: torch.device,  # where the mask is wanted
     ) -> bool | Tensor:
         "Those of them that are open; computed once per pass."
-        call = self.tracker.current()
         if meant is False:
             return False
-        key = "open", device
-        if key not in call.masks:
-            call.masks[key] = self._open(meant, call, device)
-        return call.masks[key]
+        call, key = self.tracker.current(), ("open", device)
+        found = call.masks.get(key)
+        if found is None:
+            found = call.masks[key] = self.tracker.same_mask(self._open(meant, call, device))
+        return found
 
     @torch.inference_mode(False)
     @torch.no_grad()
