@@ -86,7 +86,7 @@ def _all_rows(found: FoundLayers) -> list[tuple[str, str, str]]:
 # %% ../../nbs/reference/model/overview.ipynb #92945650
 def _as_text(found: FoundLayers) -> str:
     "The table for a terminal."
-    rows = [(kind, numbers or "none", names) for kind, numbers, names in _all_rows(found)]
+    rows = [(kind, numbers or ("" if names else "none"), names) for kind, numbers, names in _all_rows(found)]
     lines = [f"{kind:<24}  {numbers:<6}  {names}".rstrip() for kind, numbers, names in rows]
     return "\n".join([found.model, *lines])
 
