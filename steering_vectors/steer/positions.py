@@ -222,11 +222,11 @@ class PassTracker(ModuleHooks):
         self.prompt, self.embed, self.warned = prompt, _embedding_of(self.holder), False
         self.pad: int | None = getattr(text_config(model), "pad_token_id", None)
         self.scope = scope
+        self.masks: dict[Any, Tensor] = {}  # small masks, by what they hold
         self._forget()
 
     def _forget(self) -> None:
         self.memory, self.local = CacheMemory(), _ThreadState()
-        self.masks: dict[Any, Tensor] = {}  # small masks, by what they hold
 
     def _attach(self) -> None:
         listeners: list[tuple[nn.Module, Any, Any]] = [(self.holder, self._enter, self._leave)]
