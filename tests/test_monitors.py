@@ -1,5 +1,7 @@
 """A monitor's numbers are those of the replies alone, whatever else is in the batch; AUROC is the share of ordered pairs."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,9 +44,35 @@ def test_auroc_counts_pairs() -> None:
         auroc([float("nan")], [1.0])
 
 
-def test_no_reply() -> None:
-    with pytest.raises(ValueError, match="none of"), pytest.warns(UserWarning, match="header"):
-        monitor(tiny_model("llama"), tiny_tokenizer(), SteeringVector({0: torch.ones(32)}), talk("Hi"))
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ({"conversation": talk("Hi")}, ValueError, "Conversation 0 of conversation has no reply"),
+        (
+            {"conversation": [talk("Hi", "Yes"), talk("Hi", "")]},
+            ValueError,
+            "Conversation 1 of conversation has no reply",
+        ),
+        ({"ordinary": [talk("Hi", "Yes"), talk("Hi")]}, ValueError, "Conversation 1 of ordinary has no reply"),
+        ({"conversation": []}, ValueError, "no conversation to read"),
+        ({"conversation": [], "ordinary": [talk("Hi", "Yes")] * 2}, ValueError, "no conversation to read"),
+        ({"conversation": "Hi"}, TypeError, "conversation is a list of messages"),
+        ({"conversation": [["Hi", "Yes"]]}, TypeError, "conversation is a list of messages"),
+        ({"ordinary": None}, TypeError, "or the scale of an earlier result; this is None"),
+        ({"ordinary": [talk("Hi", "Yes"), []]}, TypeError, "ordinary is a list of messages"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(how: dict[str, Any], kind: type[Exception], words: str) -> None:
+    given = {"conversation": talk("Hi", "Yes"), **how}
+    with pytest.raises(kind, match=words):
+        monitor(tiny_model("llama"), tiny_tokenizer(), SteeringVector({0: torch.ones(32)}), **given)
+
+
+def test_one_ordinary_conversation_with_several_replies_is_a_scale() -> None:
+    model, tokenizer, v = tiny_model("llama"), tiny_tokenizer(), SteeringVector({0: torch.ones(32)})
+    usual = talk("Hi", "Yes", "So?", "No")
+    alike = [monitor(model, tokenizer, v, usual, ordinary).values for ordinary in (usual, [usual])]
+    assert torch.equal(*alike)
 
 
 def test_an_empty_reply_keeps_its_number() -> None:
@@ -73,8 +101,6 @@ def test_an_empty_reply_keeps_its_number() -> None:
                 start = text.index(word)
                 inside = [start <= a and b <= start + len(word) for a, b in ids["offset_mapping"][0].tolist()]
                 assert abs(along[torch.tensor(inside)].mean() - found.values[n, 0]) < 1e-5
-    with pytest.raises(ValueError, match="none of"):
-        monitor(model, tokenizer, v, talk("a", ""))
 
 
 def test_the_scale_is_used_again() -> None:

@@ -271,7 +271,7 @@ def test_with_a_gate(model: Any, name: str, way: str) -> None:
     selection, want = CASES[name]
     given, copies = prompts(), WAYS[way].get("num_return_sequences", 1)
     rows = [ids[mask.bool()] for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
-    means = torch.stack([plain_states(model, row).mean(0) for row in rows])
+    means = torch.stack([plain.activation(model, row, "model.layers.0", slice(None)).mean(0) for row in rows])
     gate = Gate(means[0] - means[1], 0, float((means @ (means[0] - means[1])).mean()))
     far = []
     for condition, opened in ((gate, 0), (~gate, 1)):
@@ -291,16 +291,6 @@ def test_with_a_gate(model: Any, name: str, way: str) -> None:
     assert max(far) > SEEN, "steering changed nothing"
 
 
-def plain_states(model: Any, ids: Tensor) -> Tensor:  # (s, d)
-    "What layer 0 returns for one text without padding."
-    kept: list[Tensor] = []
-    hook = model.model.layers[0].register_forward_hook(lambda m, a, out: kept.append(out[0].detach()))
-    with torch.no_grad():
-        model(ids[None])
-    hook.remove()
-    return kept[0]
-
-
 @every
 @pytest.mark.parametrize("way", WAYS)
 def test_with_a_gate_that_decides_at_each_token(model: Any, name: str, way: str) -> None:
@@ -315,7 +305,9 @@ def test_with_a_gate_that_decides_at_each_token(model: Any, name: str, way: str)
             out = generate(model, given, **WAYS[way])
         for r, row in enumerate(out.sequences):
             pads = int((given["attention_mask"][r // copies] == 0).sum())
-            opened = (plain_states(model, row[pads:]) @ (sign * direction) > 0).tolist()
+            opened = (
+                plain.activation(model, row[pads:], "model.layers.0", slice(None)) @ (sign * direction) > 0
+            ).tolist()
 
             def gated(ids: list[int], n: int, opened: list[bool] = opened) -> list[bool]:
                 return [inside and on for inside, on in zip(want(ids, n), opened, strict=True)]

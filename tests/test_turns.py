@@ -260,9 +260,7 @@ def test_the_answer_to_come_is_a_turn(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["tiny", "chatml", "mistral"])
 def test_history_and_answer_are_steered_alike_with_and_without_a_cache(kind: str, header: bool) -> None:
     tokenizer = tokenizer_of(kind)
-    model = tiny_model("llama", num_layers=2)
-    model.resize_token_embeddings(128)
-    model = model.double()
+    model = model_for_scripts()
     g = torch.Generator().manual_seed(0)
     vector = SteeringVector({0: torch.randn(model.config.hidden_size, generator=g, dtype=torch.float64)})
     tokens = Tokens.turns("assistant", tokenizer, header=header)
@@ -325,6 +323,23 @@ TURN_WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def two_conversations(tokenizer: Any) -> Any:
+    "Two prompts of different length, padded on the left: three messages, and one."
+    talks = [
+        [{"role": ("user", "assistant")[n % 2], "content": w} for n, w in enumerate(words)]
+        for words in (["Hi", "Yes", "So"], ["A"])
+    ]
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in talks]
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+
+
+def model_for_scripts() -> Any:
+    "A small model in float64 that has an end of its own, which no script writes."
+    model = tiny_model("llama", num_layers=2)
+    model.resize_token_embeddings(128)
+    return model.double()
+
+
 @pytest.mark.parametrize("way", TURN_WAYS)
 @pytest.mark.parametrize("header", [False, True], ids=["contents", "with headers"])
 @pytest.mark.parametrize("role", ["assistant", "user"])
@@ -334,19 +349,12 @@ def test_the_law(kind: str, role: str, header: bool, way: str) -> None:
     tokenizer, how = tokenizer_of("chatml"), TURN_WAYS[way]
     if kind == "marked":
         tokenizer.chat_template = marked(*MARKED["content and its end"])
-    talks = [
-        [{"role": ("user", "assistant")[n % 2], "content": w} for n, w in enumerate(words)]
-        for words in (["Hi", "Yes", "So"], ["A"])
-    ]
-    texts = [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in talks]
-    given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    given = two_conversations(tokenizer)
     columns, pads = given["input_ids"].shape[1], (given["attention_mask"] == 0).sum(1).tolist()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     said = tokenizer("\n<|im_start|>user\nB<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     script = [-1, -1, end, *said, -1, -1, -1]
-    model = tiny_model("llama", num_layers=2)
-    model.resize_token_embeddings(128)
-    model = model.double()
+    model = model_for_scripts()
     g = torch.Generator().manual_seed(0)
     vector = SteeringVector(
         {n: torch.randn(model.config.hidden_size, generator=g, dtype=torch.float64) for n in (0, 1)}
@@ -380,19 +388,17 @@ def test_the_law(kind: str, role: str, header: bool, way: str) -> None:
 def test_turns_with_a_gate(way: str) -> None:
     "The answers of the open row are steered, and its history is left, since a gate decides at the end of the prompt."
     tokenizer, how = tokenizer_of("chatml"), TURN_WAYS[way]
-    talks = [
-        [{"role": ("user", "assistant")[n % 2], "content": w} for n, w in enumerate(words)]
-        for words in (["Hi", "Yes", "So"], ["A"])
-    ]
-    texts = [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in talks]
-    given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    given = two_conversations(tokenizer)
     columns, pads = given["input_ids"].shape[1], (given["attention_mask"] == 0).sum(1).tolist()
-    model = tiny_model("llama", num_layers=2)
-    model.resize_token_embeddings(128)
-    model = model.double()
+    model = model_for_scripts()
     g = torch.Generator().manual_seed(0)
     vector = SteeringVector({1: torch.randn(model.config.hidden_size, generator=g, dtype=torch.float64)})
-    means = torch.stack([activations(model, given["input_ids"][r, pad:]).mean(0) for r, pad in enumerate(pads)])
+    means = torch.stack(
+        [
+            plain.activation(model, given["input_ids"][r, pad:], "model.layers.0", slice(None)).mean(0)
+            for r, pad in enumerate(pads)
+        ]
+    )
     gate = Gate(means[0] - means[1], 0, float((means @ (means[0] - means[1])).mean()))
     tokens, copies = Tokens.turns("assistant", tokenizer, header=True), how.get("num_return_sequences", 1)
     for condition, opened in ((gate, 0), (~gate, 1)):
@@ -410,16 +416,6 @@ def test_turns_with_a_gate(way: str) -> None:
             unsteered = plain.logits_of_steps(model, row, columns, pad, {}, lambda c, own: False)
             assert plain.far(steps, expected) < 2e-6
             assert (plain.far(expected, unsteered) > 1e-3) == on
-
-
-def activations(model: Any, ids: Any) -> Any:
-    "What layer 0 returns for one text without padding, (s, d)."
-    kept: list[Any] = []
-    hook = model.model.layers[0].register_forward_hook(lambda m, a, out: kept.append(out[0].detach()))
-    with torch.no_grad():
-        model(ids[None])
-    hook.remove()
-    return kept[0]
 
 
 def test_a_cut_marker_is_an_error() -> None:

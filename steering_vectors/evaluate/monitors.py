@@ -94,6 +94,20 @@ def _reply_lengths(
     ends = [*begins[1:], len(inside)]
     return [int(inside[begin:end].sum()) for begin, end in zip(begins, ends, strict=True)]
 
+# %% ../../nbs/reference/evaluate/monitors.ipynb #5a1c0040
+def _listed_talks(given: Any, name: str) -> list[Any]:
+    "The conversations of an argument. Raises TypeError for what is none, ValueError for one without a reply."
+    talks = [given] if is_messages(given) else given
+    if isinstance(talks, str) or not isinstance(talks, Sequence) or not all(map(is_messages, talks)):
+        scale = ", or the scale of an earlier result" if name == "ordinary" else ""
+        raise TypeError(
+            f"{name} is a list of messages with role and content, or several such lists{scale}; this is {given!r:.80}."
+        )
+    for n, talk in enumerate(talks):
+        if not any(message["role"] == "assistant" and message.get("content") for message in talk):
+            raise ValueError(f"Conversation {n} of {name} has no reply of the assistant that could be read.")
+    return list(talks)
+
 # %% ../../nbs/reference/evaluate/monitors.ipynb #6259480f
 def _replies_of(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", vector: Any, talks: list[Any], template: Any
@@ -177,9 +191,12 @@ def monitor(
 ) -> Replies | list[Replies]:  # a list for several conversations
     """How far each reply of a conversation is along `vector`.
 
-    Raises ValueError where there is no reply, fewer than two ordinary ones, or a scale of another vector."""
-    talks: list[Any] = [conversation] if is_messages(conversation) else list(conversation)
-    others: list[Any] = [] if isinstance(ordinary, ReplyScale) else list(ordinary)
+    Raises ValueError where there is no reply, fewer than two ordinary ones, or a scale of another vector; TypeError for what
+    is no conversation."""
+    talks = _listed_talks(conversation, "conversation")
+    others = [] if isinstance(ordinary, ReplyScale) else _listed_talks(ordinary, "ordinary")
+    if not talks:
+        raise ValueError("There is no conversation to read: give one, or a list of them.")
     read = _replies_of(model, tokenizer, vector, [*talks, *others], template)
     shown, usual = read[: len(talks)], read[len(talks) :]
     directions = _unit_directions(vector)

@@ -127,8 +127,8 @@ def logits_of_steps(
     return torch.stack(steps)
 
 
-def activation(model: nn.Module, ids: Tensor, name: str, read: int = -1) -> Tensor:  # (d,)
-    "What the named module returned at one token of one text."
+def activation(model: nn.Module, ids: Tensor, name: str, read: int | slice = -1) -> Tensor:  # (d,), or (s, d)
+    "What the named module returned at one token of one text, or at several."
     kept: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
