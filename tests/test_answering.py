@@ -7,8 +7,8 @@ import families
 import pytest
 import torch
 
-from steering_vectors import SteeringVector
-from steering_vectors.demo import tiny_model
+from steering_vectors import SteeringVector, sweep
+from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.evaluate.arguments import in_model
 from steering_vectors.evaluate.writing import _answered
 from steering_vectors.modes import undisturbed
@@ -61,3 +61,19 @@ def test_steered_texts_are_those_of_each_question_alone(numbered: bool) -> None:
     alone = [_answered(model, TOKENIZER, subject, [row], [-4.0, 0.0, 4.0], 5) for row in ROWS]
     assert together == [[found[i][0] for found in alone] for i in range(3)]
     assert together[0] != together[1] != together[2]
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES, "falcon_h1"} - {"xlnet"}))  # XLNet takes no multiplier per row
+def test_a_sweep_answers_each_layer_and_multiplier_as_alone(name: str) -> None:
+    model = families.build(name).eval()
+    v = SteeringVector(
+        {n: 2 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(n)) for n in (0, 1)}
+    )
+    how: dict[str, Any] = {"multipliers": [-4, 0, 4], "max_new_tokens": 6}
+    together = sweep(model, tiny_tokenizer(), v, ROWS[0], **how)
+    for layer, m in together:
+        with v[layer].apply(model, multiplier=m):
+            alone = answered(model, [ROWS[0]])[0]
+        written = list(together.token_ids[layer, m])
+        assert written == alone[: len(written)]
+    assert len(set(together.token_ids.values())) > 2

@@ -84,6 +84,19 @@ def test_a_sweep_is_greedy_generation_with_a_hook(made, multiplier):
         assert s[1, multiplier] != s[1, 0]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompt", ["Hi", "a long prompt " * 60])
+def test_what_a_sweep_finds_does_not_depend_on_what_else_was_asked_for(tiny, prompt, temperature):
+    how = {"max_new_tokens": 4, "temperature": temperature, "seed": 3}
+    layers, multipliers = [1, 2, (1, 2), "all"], [-9, -6, -3, -1, 0, 1, 3, 6, 9]
+    every = sweep(*tiny, prompt, multipliers, layers, **how)
+    assert list(every) == [(layer, m) for layer in layers for m in multipliers]
+    for layer in layers:
+        alone = sweep(*tiny, prompt, multipliers, [layer], **how)
+        assert {key: every.token_ids[key] for key in alone} == alone.token_ids
+    assert len(set(every.token_ids.values())) > 9
+
+
 def test_completions_are_scored_one_at_a_time_alike(made):
     model, tokenizer, v = made
     contrasts = [("Hi", "good day", "bad"), ("How are you today?", "fine", "not so well"), ("Well?", "x", "y")]

@@ -7,6 +7,7 @@ __all__ = ['Sweep', 'sweep']
 
 # %% ../../nbs/reference/evaluate/sweeps.ipynb #fe0b8451
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from .arguments import in_model
 from .results import NotMeasured, _Tabular, signed
 from ..modes import undisturbed
 from ..numbers import as_count, as_multipliers, as_temperature, near
-from ..train.answering import end_ids, padding_id
+from ..train.answering import end_ids, padding_id, prompt_groups
 from ..train.chats import Template
 from ..train.prompts import Prompt, prompt_ids
 
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 __doc__ = """What does the model answer, at each layer and multiplier?
 
 `sweep` answers one prompt at several layers and multipliers and returns a `Sweep`, a mapping:
-`s[18, 3]` is the text at layer 18 and multiplier 3. The multipliers of a layer are rows of one
-batch: the prompt is repeated, and each row is steered by its own multiplier. Seven answers take
-little more time than one, and all of them are computed alike.
+`s[18, 3]` is the text at layer 18 and multiplier 3. All of them are rows of one batch: the prompt
+is repeated, and each row is steered at its own layer by its own multiplier. Twenty-one answers take
+two to three times as long as one, and all of them are computed alike.
 
 The steering is a vector, a `Steering` with its own operator, multiplier and tokens, or several that
 act together (arguments).
@@ -82,6 +83,41 @@ def _until_end(row: list[int], ends: set[Any]) -> list[int]:
         if token in ends:
             return row[:i]
     return row
+
+# %% ../../nbs/reference/evaluate/sweeps.ipynb #5be70002
+_MOST_ROWS = 32  # of a batch that holds several layers
+_MOST_TOKENS = 8192  # in the cache of such a batch
+
+# %% ../../nbs/reference/evaluate/sweeps.ipynb #5be70003
+_Key = tuple[Layer, float]  # layer and multiplier
+
+# %% ../../nbs/reference/evaluate/sweeps.ipynb #5be70004
+def _batches(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: list[int],
+    layers: Sequence[Layer],
+    multipliers: Sequence[float],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[_Key]]:
+    "The layers and multipliers that are answered together."
+    most = min(_MOST_ROWS, _MOST_TOKENS // (len(prompt) + max_new_tokens))
+    at_once = 1 if temperature else max(most // len(multipliers), 1)  # layers
+    batches = []
+    for start in range(0, len(layers), at_once):
+        keys = [(layer, m) for layer in layers[start : start + at_once] for m in multipliers]
+        batches += [[keys[n] for n in group] for group in prompt_groups(model, tokenizer, [prompt] * len(keys))]
+    return batches
+
+# %% ../../nbs/reference/evaluate/sweeps.ipynb #5be70007
+def _steered_rows(model: Any, subject: Subject, keys: Sequence[_Key], ids: Tensor) -> ExitStack:
+    "Steer each row of a batch at its layer by its multiplier, while the context is open."
+    with ExitStack() as stack:
+        for layer in dict.fromkeys(layer for layer, _ in keys):
+            own = [m if at == layer else 0.0 for at, m in keys]
+            stack.enter_context(subject.at(layer).apply(model, own, ids))
+        return stack.pop_all()
 
 # %% ../../nbs/reference/evaluate/sweeps.ipynb #b6c92b3b
 @dataclass(frozen=True, repr=False)
@@ -138,11 +174,11 @@ def sweep(
     chat: bool | None = None,  # put words into the chat template; None: where there is one
     temperature: float = 0.0,  # 0 takes the most probable token each time
     seed: int = 0,  # of the sampling
-    progress: Callable[[int, int], None] | None = None,  # called with the numbers of tokens done and tokens wanted
+    progress: Callable[[int, int], None] | None = None,  # called with the tokens done and wanted, of each batch
     add_generation_prompt: bool | None = None,  # open an answer; None: unless the assistant has begun it
     template: Template | None = None,  # arguments of the chat template
 ) -> Sweep:  # `s[layer, multiplier]` is text
-    """Answer `prompt` at every layer and multiplier: one batched generation per layer.
+    """Answer `prompt` at every layer and multiplier, as many of them as fit in one batch.
 
     Raises ValueError for layers that the vector does not have, and for a layer or multiplier given twice."""
     numbers, length = as_multipliers(multipliers), as_count(max_new_tokens, "max_new_tokens")
@@ -151,12 +187,13 @@ def sweep(
     asked = prompt_ids(tokenizer, prompt, chat, add_generation_prompt, template)
     subject = in_model(model, steering)
     check_ids(model, asked)
-    ids = asked.to(model.device).expand(len(numbers), -1)
+    ids = asked.to(model.device)
     rows: dict[tuple[Layer, float], tuple[int, ...]] = {}
-    for layer in _chosen_layers(subject, layers):
-        with subject.at(layer).apply(model, numbers, ids), undisturbed(model, start if heat else None):
-            new = _answers(model, tokenizer, ids, length, heat, progress)
-        rows |= {(layer, m): tuple(row) for m, row in zip(numbers, new, strict=True)}
+    for keys in _batches(model, tokenizer, asked[0].tolist(), _chosen_layers(subject, layers), numbers, length, heat):
+        same = ids.expand(len(keys), -1)
+        with _steered_rows(model, subject, keys, same), undisturbed(model, start if heat else None):
+            new = _answers(model, tokenizer, same, length, heat, progress)
+        rows |= {key: tuple(row) for key, row in zip(keys, new, strict=True)}
     words = prompt if isinstance(prompt, str) else str(tokenizer.decode(asked[0]))
     return _as_sweep(tokenizer, words, tuple(asked[0].tolist()), numbers, rows, subject.total)
 

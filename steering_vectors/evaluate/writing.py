@@ -69,8 +69,9 @@ def _answered(
     "Greedy answers to every question at every multiplier, each up to its end and at least one token long."
     pad, ends = padding_id(tokenizer), end_ids(model, tokenizer)
     said: dict[tuple[int, int], list[int]] = {}  # by number of the multiplier and of the question
-    for numbers in prompt_groups(model, tokenizer, asked):
-        keys = [(i, n) for i in range(len(multipliers)) for n in numbers]
+    every = [(i, n) for i in range(len(multipliers)) for n in range(len(asked))]
+    for group in prompt_groups(model, tokenizer, [asked[n] for _, n in every]):
+        keys = [every[k] for k in group]
         batch = left_padded([asked[n] for _, n in keys], pad or 0, model.device)
         with undisturbed(model), subject.apply(model, [multipliers[i] for i, _ in keys], batch):
             out = model.generate(
