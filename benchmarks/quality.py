@@ -611,16 +611,16 @@ TEXT_WAYS = (
     "mean difference, as trained", "instruction", "four examples",
 )  # fmt: skip
 MORE_WAYS = (
-    "mean difference", "texts", "texts, gradient alone", "texts, 64 answers", "texts, two layers",
+    "mean difference", "texts", "texts, gradient alone", "texts, half the answers", "texts, two layers",
     "texts, response tokens", "mean difference, response tokens", "texts, pool under steering",
     "choices, 40 steps", "BiPO's loss, 40 steps",
 )  # fmt: skip
 
 
-def pool_of(model: Any, tokenizer: Any, layer: int | tuple[int, ...], answers: int = 32, **how: Any) -> Pool:
+def pool_of(model: Any, tokenizer: Any, layer: int | tuple[int, ...], answers: int = 64, **how: Any) -> Pool:
     "A pool that is sampled once, and kept in the folder of `--pools`."
-    answers = answers * ANSWERS // 32
-    if POOL is not None and layer == 15 and answers == 32 and not how:
+    answers = answers * ANSWERS // 64
+    if POOL is not None and layer == 15 and answers == ANSWERS and not how:
         return Pool.load(POOL)
     name = f"layers-{layer}-{answers}-answers" + "".join(f"-{name}-{value}" for name, value in how.items())
     name = re.sub(r"[^A-Za-z0-9.]+", "-", name)
@@ -685,8 +685,8 @@ def text_way(
         vector = learn(layer, steps=STEPS)
     elif way == "BiPO's loss, 40 steps":
         vector = learn(layer, steps=STEPS, objective="preferences")
-    elif way == "texts, 64 answers":
-        vector = learn(layer, objective="texts", pool=pool_of(model, tokenizer, layer, 64))
+    elif way == "texts, half the answers":
+        vector = learn(layer, objective="texts", pool=pool_of(model, tokenizer, layer, 32))
     elif way == "texts, two layers":
         vector = learn((12, 18), objective="texts", pool=pool_of(model, tokenizer, (12, 18)))
     elif way == "texts, response tokens":
@@ -893,7 +893,7 @@ POOLS: Path | None = None
 KEPT_POOLS: dict[str, Pool] = {}
 WAYS: tuple[str, ...] | None = None
 QUICK = False
-SEED, ANSWERS, STEPS, NUM_QUESTIONS = 0, 32, 40, 24
+SEED, ANSWERS, STEPS, NUM_QUESTIONS = 0, 64, 40, 24
 
 
 def main() -> int:
@@ -904,7 +904,7 @@ def main() -> int:
     parser.add_argument("--pools", type=Path, help="a folder in which sampled pools are kept, and looked for")
     parser.add_argument("--sets", nargs="+", help="names of sets in the folder (default: the five)")
     parser.add_argument("--ways", nargs="+", choices=MORE_WAYS, help="texts_more: these ways only, beside the mean")
-    parser.add_argument("--answers", type=int, default=32, help="to each question of a pool")
+    parser.add_argument("--answers", type=int, default=64, help="to each question of a pool")
     parser.add_argument("--steps", type=int, default=40, help="of the ways that have steps")
     parser.add_argument("--questions", type=int, default=24, help="whose answers are read")
     parser.add_argument("--quick", action="store_true", help="texts: the mean difference and the texts only")

@@ -33,9 +33,9 @@ from .train.extraction import extract_activations as extract_activations
 from .steer.operators import ablation_operator as ablation_operator
 from .steer.operators import addition_operator as addition_operator
 from .steer.operators import ablation_then_addition_operator as ablation_then_addition_operator
-from .steer.operators import subspace_ablation_operator as subspace_ablation_operator
 
 # The others, from the tokens to the controls.
+from .steer.operators import subspace_ablation_operator as subspace_ablation_operator
 from .train.aggregators import AccumulatingAggregator as AccumulatingAggregator
 from .model.overview import find_layers as find_layers
 from .model.overview import FoundLayers as FoundLayers

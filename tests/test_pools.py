@@ -169,7 +169,7 @@ def test_a_vector_of_texts_moves_the_score_and_costs_what_was_asked(layer: Any, 
     assert predicted_shift(model, tokenizer, v, pool, likes(pool)) > 0
     facts = v.provenance.extra
     assert facts["optimization"]["objective"] == "texts" and facts["optimization"]["answers"] == 36
-    assert facts["calibration"]["prompts"] == "2 prompts of the user and 2 answers to 3 prompts of the user"
+    assert facts["calibration"]["prompts"] == "2 prompts of the user and 3 prompts of the user"
     both = learn_from_texts(
         model, tokenizer, CONTRASTS, ShiftPlace.of(model, layer), pool, likes(pool), answers
     ).answers

@@ -32,7 +32,7 @@ __doc__ = """How are the effect and the damage of steering measured?
 A steering vector makes a claim: *along this direction the model becomes more joyful*. Reading a few
 answers is the first test of such a claim, and the least reliable one. The measures on this page
 need no generated text. `completion_gap` and `answer_gap` measure the effect on held-out examples,
-and `text_loss` measures the damage to ordinary text.
+and `text_loss` measures the rise of the loss of ordinary text.
 
 Each returns an `Effect`: one number per example and multiplier, with the average, its slope, and
 the share of examples that go the wrong way. All three take a model, a tokenizer, the steering (a

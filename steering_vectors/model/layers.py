@@ -222,7 +222,7 @@ def _no_such_layer(number: int, in_range: bool, found: Mapping[int, str], total:
         return f"Layer {number} has no `{layer_type}`. The blocks that have one: {_spans(found)} of {total}."
     return (
         f"Layer {number} does not exist: this model has {total} `{layer_type if len(found) == total else 'decoder_block'}` layers "
-        f"(0–{total - 1}, or −{total} to −1). Was the vector trained on a larger model?"
+        f"(0–{total - 1}, or −{total} to −1). A vector that has it belongs to a larger model."
     )
 
 # %% ../../nbs/reference/model/layers.ipynb #917bd5b8

@@ -39,7 +39,7 @@ from .verdicts import Decisions, GateKeeper, gate_modules, gate_readers, gated_s
 # %% ../../nbs/reference/steer/steering.ipynb #d0c57219
 __doc__ = """How is steering described as a value, and put onto a model?
 
-**How to steer* is a value, a `Steering`: a vector, an operator, a multiplier and the tokens,
+*How to steer* is a value, a `Steering`: a vector, an operator, a multiplier and the tokens,
 everything except the model. Because it is a value, it can be saved, printed, sent to a server, and
 passed to functions that measure or draw. So these functions take one argument instead of four.
 

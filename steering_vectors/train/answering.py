@@ -85,7 +85,7 @@ def _is_exact(model: "PreTrainedModel", pad: int, rows: Sequence[list[int]]) -> 
     return apart <= rounding_limits(model)[1]
 
 # %% ../../nbs/reference/train/answering.ipynb #5be70010
-def _changed(row: list[int]) -> list[int]:
+def _unlike(row: list[int]) -> list[int]:
     "The same ids but for the last one."
     return [*row[:-1], 1 if row[-1] == 0 else 0]
 
@@ -93,7 +93,7 @@ def _changed(row: list[int]) -> list[int]:
 def _is_known_exact(model: "PreTrainedModel", pad: int, a: list[int], b: list[int]) -> bool:
     "The same for two rows, tried once; for rows of equal length, once per model."
     key = ("batch", pad, str([a, b]) if len(a) != len(b) else None)
-    exact: bool = kept_for(model, key, lambda: _is_exact(model, pad, [a, b if a != b else _changed(b)]))
+    exact: bool = kept_for(model, key, lambda: _is_exact(model, pad, [a, b if a != b else _unlike(b)]))
     return exact
 
 # %% ../../nbs/reference/train/answering.ipynb #5a1c0012

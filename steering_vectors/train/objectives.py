@@ -28,16 +28,15 @@ if TYPE_CHECKING:
 # %% ../../nbs/reference/train/objectives.ipynb #d0c57219
 __doc__ = """What does a learned vector make more probable?
 
-A vector is learned for an aim. The simplest aim is `choices`: after a prompt, the matching
+A vector is learned for an objective. The simplest is `choices`: after a prompt, the matching
 completion becomes more probable than the other one. Its value is the mean of the gap that
 `completion_gap` measures. `Preferences` is the loss of BiPO (Cao et al. 2024, arXiv:2406.00045):
 with the vector, the model should prefer the matching completion more than without it, and with the
 vector's negative less. Any other function of the scores will do too.
 
-An aim is a function of `ContrastScores`: for each contrast the log-probabilities of both
-completions, with the shift and without it. It returns one number, which learning raises. An aim
-needs only the scores and knows nothing of the model. `score_weights` returns the weight of each
-text.
+An objective is a function of `ContrastScores`: for each contrast the log-probabilities of both
+completions, with the shift and without it. It returns one number, which learning raises. It needs
+only the scores, and not the model. `score_weights` returns the weight of each text.
 
 Contrasts are written as for `completion_gap`, or as rows of a preference data set with `prompt`,
 `chosen` and `rejected`.
@@ -155,8 +154,8 @@ def as_objective(
 def score_weights(
     objective: Objective,
     scores: ContrastScores,
-) -> tuple[float, Tensor]:  # the aim's value; (2n,) weights in the order of `contrast_ids`
-    "The gradient of an aim with respect to the scores. Raises ValueError where it returns no number, or has no gradient."
+) -> tuple[float, Tensor]:  # the objective's value; (2n,) weights in the order of `contrast_ids`
+    "The gradient of an objective with respect to the scores. Raises ValueError where it returns no number, or has no gradient."
     with torch.inference_mode(False), torch.enable_grad():
         sides = [scores.matching.detach().clone().requires_grad_(), scores.other.detach().clone().requires_grad_()]
         value = objective(scores._replace(matching=sides[0], other=sides[1]))

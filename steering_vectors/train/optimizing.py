@@ -50,10 +50,10 @@ $$v \propto (F + \lambda I)^{-1} g$$
 
 One backward pass over the contrasts gives $g$, and $F$ is measured once for a model and a layer.
 There is no learning rate. The vector is calibrated: multiplier 1 costs `kl` nats per token of
-ordinary text.
+damage on the model's own answers.
 
-With `steps`, Adam continues from there at constant damage. `objective` chooses the aim: BiPO's
-preference loss, or a function of your own.
+With `steps`, Adam continues from there at constant damage. `objective` chooses what is made more
+probable: BiPO's preference loss, or a function of your own.
 
 A learned vector is good at what it was learned for. On the measured model, the closed form doubles
 the completion gap of new statements at equal damage, but moves the texts that the model *writes* no
@@ -81,7 +81,7 @@ def gradient_at_zero(
     place: ShiftPlace,
     objective: Objective,
 ) -> Tensor:  # (size,)
-    "The gradient of an aim with respect to a shift, before there is one. Raises ValueError where it is zero."
+    "The gradient of an objective with respect to a shift, before there is one. Raises ValueError where it is zero."
     if objective is choices or isinstance(objective, Preferences):
         nothing = torch.zeros(len(scorer.pairs) // 2)
         tokens = [torch.tensor([float(len(said)) for _, said in scorer.pairs[side::2]]) for side in (0, 1)]
@@ -119,7 +119,7 @@ class _Group:
     before: Tensor | None = field(default=None, init=False)
 
     def gradient(self, place: ShiftPlace, objective: Objective, shift: Tensor, sign: float) -> Tensor:
-        "The gradient of the aim with respect to the shift; with sign -1 the shift is subtracted and the sides are exchanged."
+        "The gradient of the objective with respect to the shift; with sign -1 the shift is subtracted and the sides are exchanged."
         if self.before is None and objective is not choices:
             with undisturbed(self.scorer.model):
                 self.before = self.scorer.scores([place.steering(shift)], 0.0)
@@ -244,7 +244,7 @@ def _from_texts(found: FromTexts, num_contrasts: int) -> Learned:
 
 # %% ../../nbs/reference/train/optimizing.ipynb #81a297b5
 def _check_texts(objective: Any, steps: int, pool: Any, reader: Any) -> bool:
-    "Whether the objective is `texts`. Raises ValueError for arguments that go with another aim."
+    "Whether the objective is `texts`. Raises ValueError for arguments that go with another objective."
     if objective == "texts":
         if steps:
             raise ValueError("The gradient of texts is known at zero only, so there are no steps: leave steps out.")
@@ -263,7 +263,7 @@ def optimize_steering_vector(
     steps: int = 0,  # of Adam after the closed form; they fit the given completions more closely
     objective: str | Objective = "choices",  # "choices", "texts", "preferences" (BiPO), or a function of ContrastScores
     pool: Pool
-    | None = None,  # for texts: answers of the model; None: 512 of them, made once for the model and the place
+    | None = None,  # for texts: answers of the model; None: 1024 of them, made once for the model and the place
     layer_type: LayerType = "decoder_block",  # which output of the block is shifted
     layer_config: ModelLayerConfig | None = None,  # your own module names, by layer type
     seed: int = 0,  # for the model's own answers and for the steps

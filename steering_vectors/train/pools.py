@@ -137,7 +137,7 @@ class Pool:
         "Some of the answers, to measure damage on open questions."
         by_question = sorted(range(len(self)), key=lambda n: (_rank(self.questions, n), int(self.questions[n])))
         some = tuple((asked, said[:length]) for asked, said in (self.pairs[n] for n in by_question[:count]))
-        return OwnAnswers(some, f"{len(some)} answers to {self.what}", self.seed)
+        return OwnAnswers(some, self.what, self.seed)
 
     def check_model(self, model: Any) -> None:
         "Raise ValueError where the pool is of another model."
@@ -197,7 +197,7 @@ def sample_pool(
     tokenizer: "PreTrainedTokenizerBase",
     layer: int | Sequence[int],  # one, or several that are shifted together
     prompts: Sequence[Prompt] | None = None,  # open questions; None: 16 built-in ones
-    answers: int = 32,  # to each of them
+    answers: int = 64,  # to each of them
     length: int = 24,  # most tokens of an answer
     seed: int = 0,  # of the sampling
     layer_type: LayerType = "decoder_block",  # which output of the block is shifted

@@ -125,7 +125,7 @@ def learn_from_texts(
     tokenizer: "PreTrainedTokenizerBase",
     contrasts: Any,  # as for `optimize_steering_vector`
     place: ShiftPlace,
-    pool: Pool | None = None,  # None: one of 512 answers, made once for the model and the place
+    pool: Pool | None = None,  # None: one of 1024 answers, made once for the model and the place
     reader: Reader | Tensor | None = None,  # scores the pool's answers; None: learned from the contrasts
     prompts: Any = None,  # everyday requests, as in `own_answers`
     seed: int = 0,

@@ -20,9 +20,10 @@ A vector of thirty layers has thirty rows of a few thousand numbers, too many to
 the display is one line with its layers, width, norm and kind (`description`). In Jupyter it is a
 table, with one row per layer (`markdown_table`).
 
-The table compares each direction's norm with the norm of the activations it is added to, if
-training recorded it. The ratio gives the multiplier its meaning: at a ratio of 0.1, a multiplier of
-3 adds 0.3 times the activation's own norm.
+The table compares each direction's norm with the median norm of the activations that training read
+(one token per text, or the mean over the tokens of `read=`), if training recorded it. The ratio
+gives the multiplier its meaning: at a ratio of 0.1, a multiplier of 3 adds 0.3 times the
+activation's own norm.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/vectors/descriptions.html
 """

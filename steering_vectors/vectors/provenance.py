@@ -24,7 +24,7 @@ fills in what it knows; a vector made by hand leaves every field empty.
 Steering does not need these fields. They are for the reader, the display, the card on the Hub, and
 for noticing that a vector is used with the wrong model. One field changes how a vector is *used*:
 `activation_norms`, because a multiplier has no meaning until the vector's norm is compared with the
-norm of the activations that it is added to.
+norm of activations at that layer (their median over what training read).
 
 Docs: https://OWNER.github.io/steering-vectors/reference/vectors/provenance.html
 """
