@@ -12,7 +12,9 @@ from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.evaluate.arguments import in_model
 from steering_vectors.evaluate.writing import _answered
 from steering_vectors.modes import undisturbed
+from steering_vectors.train import pools
 from steering_vectors.train.answering import left_padded, prompt_groups
+from steering_vectors.train.damage import _drawn_answers
 
 ROWS = [[11, 12, 13, 14, 15, 16, 17], [21, 22, 23], [31, 32, 33, 34], [41, 42, 43]]
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2)
@@ -51,15 +53,17 @@ class Numbered(torch.nn.Module):
         return self.inner(ids) + torch.arange(ids.shape[1])[:, None]
 
 
-@pytest.mark.parametrize("numbered", [False, True])
-def test_steered_texts_are_those_of_each_question_alone(numbered: bool) -> None:
-    model = tiny_model()
-    if numbered:
+@pytest.mark.parametrize("kind", ["llama", "numbered", "rwkv"])
+def test_steered_texts_are_those_of_each_question_alone(kind: str) -> None:
+    model = families.build("rwkv").eval() if kind == "rwkv" else tiny_model()
+    if kind == "numbered":
         model.model.embed_tokens = Numbered(model.model.embed_tokens)
     subject = in_model(model, SteeringVector({1: torch.randn(32, generator=torch.Generator().manual_seed(0))}))
-    together = _answered(model, TOKENIZER, subject, ROWS, [-4.0, 0.0, 4.0], 5)
-    alone = [_answered(model, TOKENIZER, subject, [row], [-4.0, 0.0, 4.0], 5) for row in ROWS]
-    assert together == [[found[i][0] for found in alone] for i in range(3)]
+    multipliers = [-4.0, 0.0, 4.0]
+    together = _answered(model, TOKENIZER, subject, ROWS, multipliers, 5)
+    assert together == [
+        [_answered(model, TOKENIZER, subject, [row], [m], 5)[0][0] for row in ROWS] for m in multipliers
+    ]
     assert together[0] != together[1] != together[2]
 
 
@@ -77,3 +81,18 @@ def test_a_sweep_answers_each_layer_and_multiplier_as_alone(name: str) -> None:
         written = list(together.token_ids[layer, m])
         assert written == alone[: len(written)]
     assert len(set(together.token_ids.values())) > 2
+
+
+@pytest.mark.parametrize("name", ["llama", "rwkv"])
+def test_many_answers_are_drawn_together_only_where_rows_do_not_mix(name: str, monkeypatch: Any) -> None:
+    model, drawn = families.build(name).eval(), []
+
+    def seen(model: Any, tokenizer: Any, ids: torch.Tensor, *how: Any) -> list[list[int]]:
+        drawn.append(len(ids))
+        return _drawn_answers(model, tokenizer, ids, *how)
+
+    monkeypatch.setattr(pools, "_drawn_answers", seen)
+    with undisturbed(model, 0):
+        found = pools.many_answers(model, TOKENIZER, ROWS[0], 3, 6)
+    assert drawn == ([1, 1, 1] if name in ALONE else [3])
+    assert len(found) == 3 and len({tuple(said) for said in found}) > 1

@@ -19,6 +19,7 @@ from ..model.families import LayerType, ModelLayerConfig
 from ..modes import undisturbed
 from ..numbers import CPU, as_count
 from ..steer.tokens import Tokens
+from .answering import prompt_groups
 from .batches import _cache_after
 from .chats import Template
 from .continuations import Scored
@@ -85,6 +86,8 @@ def many_answers(
 ) -> list[list[int]]:
     "Answers that the model samples to one question, each up to its end."
     ids = torch.tensor([row], device=model.device)
+    if len(prompt_groups(model, tokenizer, [row] * count)) > 1:
+        return [_drawn_answers(model, tokenizer, ids, length)[0] for _ in range(count)]  # rows would mix in a batch
     try:
         name, cache = _cache_after(model, ids[:, :-1])
         cache.reorder_cache(torch.zeros(count, dtype=torch.long, device=model.device))
