@@ -392,3 +392,17 @@ if __name__ == "__main__":  # write the list anew; read the difference before yo
         made = families.build(family)
         table[family] = {f"{t}{'' if op is None else ' ablation'}": outcome(made, t, op) for t, op in PLACES}
     Path(__file__).with_name("baking.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+def test_a_copy_draws_no_weights_only_to_overwrite_them(monkeypatch):
+    model = tiny_model("llama")
+
+    def refuse(tensor, *args, **kwargs):
+        assert tensor.is_meta, "a weight was drawn"
+
+    for name in ("kaiming_uniform_", "normal_", "uniform_"):
+        monkeypatch.setattr(f"torch.nn.init.{name}", refuse)
+    with pytest.raises(AssertionError, match="drawn"):
+        type(model)(model.config)
+    copy = plain_copy(model, type(model), model.config)
+    assert torch.equal(probe(copy), probe(model))

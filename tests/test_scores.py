@@ -13,6 +13,7 @@ from steering_vectors import SteeringVector, Tokens, ablation_operator, completi
 from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.modes import undisturbed
 from steering_vectors.steer.steering import Steering
+from steering_vectors.train import continuations, scores
 from steering_vectors.train.continuations import log_probabilities, next_logits, plain_passes, steered_masks
 from steering_vectors.train.scores import ScoringWay, TextScorer, _ways, steered_pass
 from steering_vectors.train.tails import blocks_below, keeping, passing_over
@@ -58,6 +59,32 @@ def test_every_family_scores_as_the_plain_model_does(name: str) -> None:
         for m, scores in found.items():
             assert torch.allclose(scores, by_hand(model, how if m else None, m), atol=1e-4), (m, way_of(model))
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+SHORT, ALIKE, LONG = ([1, 40], [41]), ([7, 7, 7, 7], [7]), ([1, *range(5, 13)], [20, 21])
+NAMES = ["llama", "gpt2", "bart", "mpt", "rwkv", "xlstm", "whisper", "marian"]
+
+
+@pytest.mark.parametrize(
+    "name, first", [(name, first) for name in NAMES for first in (SHORT, LONG)] + [("llama", ALIKE), ("bart", ALIKE)]
+)
+def test_one_text_is_enough_to_find_out_a_model_that_cannot_run_branches(
+    name: str, first: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(scores, "row_budget", lambda model: 12)  # the long one and a branch of it do not fit into a row
+    monkeypatch.setattr(continuations, "row_budget", lambda model: 12)
+    with quiet():
+        model: Any = families.build(name).to(torch.float32)
+        width = model.config.get_text_config(decoder=True).hidden_size
+        how = SteeringVector({1: torch.linspace(-1, 1, width)}).steering()
+        with undisturbed(model):
+            TextScorer(model, [first]).scores([how])
+        later = [pair for pair in PAIRS if len(pair[0] + pair[1]) <= len(first[0] + first[1])]
+        later += [([1, 42], [43]), ([9, 40], [41]), ([9, 43], [41])]
+        with undisturbed(model):
+            found = TextScorer(model, later).scores([how])
+        assert torch.allclose(found, by_hand(model, how, pairs=later), atol=1e-4), way_of(model)
+    assert way_of(model).packed == (name in ("llama", "gpt2"))
 
 
 def test_most_families_take_the_cheap_way() -> None:

@@ -22,10 +22,10 @@ from ..steer.operators import BUILT_IN
 from ..steer.steering import Steering
 from .conditions import PlainPart, parts_of_texts, unconditional
 from .continuations import Scored, ScoredPass, log_probabilities, next_logits, packed_passes
-from .continuations import plain_passes, steered_masks
+from .continuations import plain_passes, row_budget, steered_masks
 from .distributed import logger
 from .schedules import rope_regime
-from .strategies import _conditions, candidate_strategies, difference
+from .strategies import _branch, _conditions, candidate_strategies, difference
 from .tails import blocks_below, keeping, passing_over
 
 # %% ../../nbs/reference/train/scores.ipynb #d0c57219
@@ -36,11 +36,11 @@ this layer, with this multiplier and this method? A `TextScorer` holds the conti
 computes nothing twice. A beginning that texts share occurs once in a packed row, and the blocks
 below the lowest steered layer run once for all multipliers and all methods.
 
-Both savings are checked on the model before they are used: a few of the texts run the plain way,
-padded and through the whole model, and the cheaper way, with steering in both, and their logits are
-compared. If they differ by more than rounding, or the cheaper way raises an error, the texts run
-the plain way, in batches. With an operator of your own they run the plain way too, because it may
-use a whole row at once.
+Both savings are checked on the model before they are used: two texts run the plain way, alone and
+through the whole model, and the cheaper way, with steering in both, and their logits are compared.
+If they differ by more than rounding, or the cheaper way raises an error, the texts run the plain
+way, in batches. With an operator of your own they run the plain way too, because it may use a whole
+row at once.
 
 Docs: https://OWNER.github.io/steering-vectors/reference/train/scores.html
 """
@@ -65,17 +65,21 @@ def steered_pass(
 _LOGIT_ROUNDING = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 # %% ../../nbs/reference/train/scores.ipynb #08c3e755
-def _few(pairs: Sequence[Scored]) -> list[Scored]:
-    "A few texts for the check."
-    by_length = sorted(range(len(pairs)), key=lambda n: len(pairs[n][0]) + len(pairs[n][1]))
-    (prompt, longest), chosen = pairs[by_length[-1]], dict.fromkeys([by_length[0], by_length[-1], len(pairs) - 1])
-    middle = len(longest) // 2
-    other = next((i for i in [*prompt, *longest] if i != longest[middle]), longest[middle])
-    return [*[pairs[n] for n in chosen], (prompt, [*longest[:middle], other, *longest[middle + 1 :]])]
+def _few(
+    pairs: Sequence[Scored],
+    room: int,  # most tokens of a row
+) -> list[Scored]:
+    "The texts of the check: the longest, what fits of it, a branch of that, the shortest and the last."
+    shortest, longest = (which(pairs, key=lambda pair: len(pair[0]) + len(pair[1])) for which in (min, max))
+    ids, split, fitting = [*longest[0], *longest[1]], len(longest[0]), max(room * 2 // 3, 2)
+    if len(ids) > fitting:  # it and its branch would not share a row
+        ids, split = ids[:fitting], fitting - 1
+    other = _branch(ids, (len(ids) - 1) // 2)
+    return [longest, (ids[:split], ids[split:]), (other[:split], other[split:]), shortest, pairs[-1]]
 
 # %% ../../nbs/reference/train/scores.ipynb #6b3426ba
 def _all_logits(model: nn.Module, passes: Sequence[ScoredPass], steering: Any) -> dict[int, Tensor]:  # text -> (c, V)
-    "The logits that predict each continuation, minus their mean."
+    "The logits that predict each continuation, minus their mean, in the order of the row."
     found: dict[int, Tensor] = {}
     for now in passes:
         with steering(now):
@@ -83,11 +87,6 @@ def _all_logits(model: nn.Module, passes: Sequence[ScoredPass], steering: Any) -
         logits = logits - logits.mean(-1, keepdim=True)
         found |= {n: logits[at.to(logits.device)] for n, at in zip(now.numbers, now.places, strict=True)}
     return found
-
-# %% ../../nbs/reference/train/scores.ipynb #4b830897
-def _is_apart(one: dict[int, Tensor], other: dict[int, Tensor]) -> float:
-    "The relative difference of logits."
-    return max(difference({0: one[n]}, {0: other[n]}) for n in one)
 
 # %% ../../nbs/reference/train/scores.ipynb #ee8df31a
 class ScoringWay(NamedTuple):
@@ -109,17 +108,35 @@ class _Trial:
     "One model, a few texts and a steering, to compare ways with."
 
     model: nn.Module
-    pairs: list[Scored]
+    pairs: list[Scored]  # as from `_few`
     steerings: Sequence[Steering]
     multiplier: float
+    ran_alone: dict[int, Tensor] = field(default_factory=dict)  # text -> its logits
+
+    def apart(self, way: ScoringWay) -> float:
+        "The relative difference of its logits from those of texts that run alone."
+        found = self.logits(way)
+        order = list(found)
+        alone = {max(1, 2, key=order.index), order[-1]}  # both have branches before them
+        if self.pairs[0] != self.pairs[1]:
+            alone.add(0)
+        return max(difference({0: self.plain(n)}, {0: found[n]}) for n in alone)
+
+    def plain(self, n: int) -> Tensor:  # (c, vocabulary)
+        "The logits of one text that runs alone."
+        if n not in self.ran_alone:
+            single = plain_passes(self.pairs, self.masks(), 1, input_device(self.model))[n : n + 1]
+            self.ran_alone |= _all_logits(self.model, single, self.one)
+        return self.ran_alone[n]
+
+    def masks(self) -> list[list[Tensor] | None]:
+        "Which tokens of the texts each steering steers."
+        return [steered_masks(how.selection, self.pairs) for how in self.steerings]
 
     def logits(self, way: ScoringWay) -> dict[int, Tensor]:
-        "The logits that a way computes."
-        model, masks = self.model, [steered_masks(how.selection, self.pairs) for how in self.steerings]
-        if not way.packed:
-            single = plain_passes(self.pairs, masks, 1, input_device(model))
-            return _all_logits(model, single, self.one)
-        passes = packed_passes(model, self.pairs, masks, None, way.by_kind)
+        "The logits that a packed way computes."
+        model = self.model
+        passes = packed_passes(model, self.pairs, self.masks(), None, way.by_kind)
         if not way.below:
             return _all_logits(model, passes, self.one)
         blocks = blocks_below(model, self.steerings)[: way.below]
@@ -141,11 +158,11 @@ class _Trial:
 # %% ../../nbs/reference/train/scores.ipynb #5f02f7fb
 def _choose_way(trial: _Trial, below: int) -> ScoringWay:
     "The cheapest way that gives the same logits as the plain one for a few texts."
-    model, plain = trial.model, trial.logits(ScoringWay())
+    model = trial.model
     allowed = _LOGIT_ROUNDING.get(model_dtype(model), _LOGIT_ROUNDING[torch.bfloat16])
     for way in _candidates(model, below):
         try:
-            apart = _is_apart(plain, trial.logits(way))
+            apart = trial.apart(way)
         except Exception as error:  # the next way may run
             logger.info("%s cannot run: %s: %s", way, type(error).__name__, error)
             continue
@@ -176,7 +193,7 @@ def _way_of(
     way, checked = known.get(key, (ScoringWay(), 0))
     if longest > checked:
         with undisturbed(model):
-            way = _choose_way(_Trial(model, _few(pairs), steerings, multiplier or 1.0), below)
+            way = _choose_way(_Trial(model, _few(pairs, row_budget(model)), steerings, multiplier or 1.0), below)
         known[key] = way, longest
         for old in list(known)[:-64]:
             del known[old]

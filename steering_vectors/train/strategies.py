@@ -87,8 +87,8 @@ def _probe(texts: Mapping[int, EncodedText]) -> dict[int, EncodedText]:
 
 # %% ../../nbs/reference/train/strategies.ipynb #81d2977a
 def _branch(ids: list[int], at: int) -> list[int]:
-    "The same ids with another one at position `at`, where there is another."
-    other = next((i for i in ids if i != ids[at]), ids[at])
+    "The same ids with another one at position `at`."
+    other = next((i for i in ids if i != ids[at]), abs(ids[at] - 1))
     return [*ids[:at], other, *ids[at + 1 :]]
 
 # %% ../../nbs/reference/train/strategies.ipynb #bbf5c35e

@@ -128,9 +128,11 @@ def plain_copy(
 ) -> "PreTrainedModel":  # in evaluation mode, without hooks
     """A model of its own with the weights of `model`, and zeros for the biases it lacks.
     Raises ValueError: the class and the config build something else."""
+    from transformers.initialization import no_init_weights
+
     config = plain_config(config)
     missing = added_biases(model, model_class, config)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():
         new: PreTrainedModel = model_class._from_config(config, dtype=model.dtype).to(model.device)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     new.load_state_dict(state, strict=False, assign=True)
