@@ -18,7 +18,7 @@ from unittest import mock
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 # Not matplotlib, which chooses its backend when it is imported.
-IMPORTED = ["torch", "transformers", "transformers.models.llama", "ipykernel.ipkernel", "ipywidgets"]
+IMPORTED = ["torch", "transformers", "transformers.models.llama.modeling_llama", "ipykernel.ipkernel", "ipywidgets"]
 
 STARTING = threading.Lock()  # pages are run by several threads
 
