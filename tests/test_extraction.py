@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import json
 import logging
 import threading
@@ -30,6 +31,7 @@ from steering_vectors.demo import tiny_model, tiny_tokenizer
 from steering_vectors.model.families import LAYER_TYPES
 from steering_vectors.model.layers import resolve_layers
 from steering_vectors.train import extraction, kernels, schedules, strategies
+from steering_vectors.train.reading import Tokenized
 
 KINDS = ["llama", "gpt2", "gemma2", "opt", "mistral", "gemma3", "qwen2", "qwen3", "phi3", "gpt_neox", "falcon"]
 HEAD = "You are a kind assistant who keeps to the point and answers in a few words only. "
@@ -926,3 +928,15 @@ def test_the_switch_comes_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), kernels.plain_kernels():
         1 / 0  # noqa: B018
     assert kernels.active_kernels() == set(kernels.KERNELS)
+
+
+def test_texts_are_freed_as_soon_as_they_were_read() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    gc.collect()
+    gc.disable()
+    try:
+        train_steering_vector(model, tokenizer, [(f"Is {n} fine? Yes", f"Is {n} fine? No") for n in range(40)])
+        left = [thing for thing in gc.get_objects() if isinstance(thing, Tokenized)]
+    finally:
+        gc.enable()
+    assert not left

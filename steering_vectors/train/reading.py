@@ -10,7 +10,7 @@ __all__ = ['ReadTokenIndex', 'read_position', 'EncodedText', 'EncodedPair', 'sel
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -247,10 +247,10 @@ def tokenize_texts(
         num_cut = len(whole) - len(ids) if settings.truncation == "left" else 0
         own_index = own_indices[i] if own_indices else None
         made.append(Tokenized(texts[i], names[i], whole, ids, num_cut, num_dropped, own_index, prompts))
-    if paired:
-        for positive, negative in zip(made[::2], made[1::2], strict=True):
-            positive.other, negative.other = negative, positive
-    return made
+    if not paired:
+        return made
+    pairs = zip(made[::2], made[1::2], strict=True)
+    return [replace(one, other=other) for a, b in pairs for one, other in ((a, b), (b, a))]
 
 # %% ../../nbs/reference/train/reading.ipynb #973cf8b5
 def read_places(
