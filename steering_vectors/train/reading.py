@@ -249,7 +249,7 @@ def tokenize_texts(
         made.append(Tokenized(texts[i], names[i], whole, ids, num_cut, num_dropped, own_index, prompts))
     if not paired:
         return made
-    pairs = zip(made[::2], made[1::2], strict=True)
+    pairs = zip(made[::2], made[1::2], strict=True)  # of copies: a circle would wait for the collector
     return [replace(one, other=other) for a, b in pairs for one, other in ((a, b), (b, a))]
 
 # %% ../../nbs/reference/train/reading.ipynb #973cf8b5

@@ -70,7 +70,8 @@ def _few(
     room: int,  # most tokens of a row
 ) -> list[Scored]:
     "The texts of the check: the longest, what fits of it, a branch of that, the shortest and the last."
-    shortest, longest = (which(pairs, key=lambda pair: len(pair[0]) + len(pair[1])) for which in (min, max))
+    by_length = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    shortest, longest = by_length[0], by_length[-1]
     ids, split, fitting = [*longest[0], *longest[1]], len(longest[0]), max(room * 2 // 3, 2)
     if len(ids) > fitting:  # it and its branch would not share a row
         ids, split = ids[:fitting], fitting - 1
